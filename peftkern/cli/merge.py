@@ -31,19 +31,37 @@ def merge(
     ],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")],
     out: Annotated[
-        str, typer.Option(help="bf16, fp16, fp32 or nf4; keep: as each tensor is stored.")
+        str,
+        typer.Option(
+            help="bf16, fp16, fp32; nf4, fp4, mxfp4, nvfp4, int4; keep: as each tensor is stored."
+        ),
     ] = "keep",
     residual: Annotated[
         int,
-        typer.Option(help="Rank of an adapter for what NF4 loses.", show_default="none"),
+        typer.Option(help="Rank of an adapter for what 4 bits lose.", show_default="none"),
     ] = 0,
     as_trained: Annotated[
         str,
         typer.Option(
-            help="nf4: the adapter was trained on BASE in NF4, which it is merged into.",
+            help="nf4, fp4, mxfp4, nvfp4 or int4: the adapter was trained on BASE in that, which it"
+            " is merged into.",
             show_default="BASE as it is",
         ),
     ] = "",
+    trained_experts: Annotated[
+        bool,
+        typer.Option(
+            "--trained-experts",
+            help="With --as-trained nf4: fused experts were in it, too (quantize_,"
+            " NF4ExpertsConfig).",
+        ),
+    ] = False,
+    blocksize: Annotated[
+        int | None,
+        typer.Option(
+            help="Values that share one scale, of --out in 4 bits.", show_default="64, of int4 128"
+        ),
+    ] = None,
     min_survival: Annotated[
         float, typer.Option(help="Share of the update that has to survive rounding.")
     ] = 0.5,
@@ -63,12 +81,14 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge adapters into a safetensors checkpoint. Peak memory: panels of rows and the adapters;
-    of NF4, token rows, DoRA of embeddings and stored tables a whole weight for each thread.
+    of 4 bits, token rows, DoRA of embeddings and stored tables a whole weight, of experts one, for
+    each thread.
 
     The bits are those of PEFT's merge_and_unload where that is right; tied embeddings are untied if
-    an adapter changes one of them. Into NF4, the update of a QLoRA adapter is lost for the most
-    part: the report says how much survives, and the exit status is 1 below --min-survival. A
-    stopped run resumes when it is repeated.
+    an adapter changes one of them. Into 4 bits, the update of a QLoRA adapter is lost for the most
+    part: the report says how much survives, and the exit status is 1 below --min-survival. What is
+    written in 4 bits is what `peftkern quantize` makes of the merged checkpoint, and loads like
+    that. A stopped run resumes when it is repeated.
 
     Example: peftkern merge ~/models/llama3-8b ~/runs/adapter ~/models/merged
     """
@@ -90,9 +110,10 @@ def merge(
         raise InputError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {expert_layout!r}")
     with bad_input():
         read = [(read_adapter(path, expert_layout=expert_layout), w) for path, w in parsed]
-    with bad_input("out", "residual", "as_trained"):
-        chosen = Options(out, residual, as_trained, changed_base)
-    with bad_input(), checkpoint_run(destination):  # the inner one says what can be resumed
+    own = ("out", "residual", "as_trained", "blocksize", "trained_experts")
+    with bad_input(*own):
+        chosen = Options(out, residual, as_trained, changed_base, blocksize, trained_experts)
+    with bad_input(), checkpoint_run(destination, *own):  # the inner one says what can be resumed
         checkpoint = read_checkpoint(base, quantized=True)
         with progress_bar(checkpoint.nbytes) as progress:
             summary = merge_checkpoint(
@@ -125,6 +146,9 @@ def _report(summary: Summary, destination: Path) -> Iterator[str]:
         f"{total.survival:.1%} of the update survives rounding, which has an error of "
         f"{total.relative_error:.2%} of the weights, {total.error_of_update:.1%} of the update"
     )
+    if plan.unfit:
+        more = f" and {len(plan.unfit) - _SHOWN} more" * (len(plan.unfit) > _SHOWN)
+        yield f"dense, as their rows are not whole blocks: {', '.join(plan.unfit[:_SHOWN])}{more}"
     worst = sorted(summary.changes.items(), key=lambda item: item[1].survival)
     worst = [(name, one) for name, one in worst if one.survival < total.survival][:_SHOWN]
     if worst:
@@ -148,6 +172,7 @@ def _record(summary: Summary, survived: bool) -> dict[str, Any]:
         "resumed_files": summary.resumed,
         "copied": plan.companions.copied,
         "left_behind": plan.companions.left,
+        "unfit": plan.unfit,
     }
 
 

@@ -18,6 +18,7 @@ from peftkern.formats.nf4 import DTYPE_NAMES, NF4Weight, check_tensor, numel_of,
 from peftkern.formats.table import FORMATS, NUMBERS, Format, fields
 
 __all__ = ["BlockWeight"]
+METHOD = "peftkern_blocks"  # quant_method of a checkpoint of such layers
 NAMES = tuple(row.name for row in FORMATS if not row.crosses_rows)
 PARTS = ("scale", "tensor_scale", "zero")  # of a weight beside its codes; not each has all
 SYMMETRIC_ZERO = 8.0  # of INT4 where no zero points are given: codes stand for -8 to 7

@@ -25,13 +25,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from peftkern.formats.block_weight import PARTS, BlockWeight, chosen_blocksize
+from peftkern.formats.block_weight import METHOD, PARTS, BlockWeight, chosen_blocksize
 from peftkern.integrations.transformers.conversions import reversible
 from peftkern.layers.block import BlockLinear, block_quantized
 from peftkern.layers.nf4 import NF4Linear
 
 __all__ = ["BlockLinearConfig"]
-METHOD = "peftkern_blocks"
 
 
 @register_quantization_config(METHOD)

@@ -52,7 +52,7 @@ def verify(
     """Check an adapter that was read: keys, shapes and config agree, or it would not have been.
 
     Args:
-        base: folder of the model it is for, dense or in NF4; of its weights the headers are read.
+        base: folder of the model it is for, dense or in 4 bits, of which headers are read.
         against: an adapter that should say the same: every |D - D'|_F <= tol |D|_F, from the
             factors, all other tensors equal bit for bit.
     Raises: AdapterError for a base that cannot be read.

@@ -28,7 +28,7 @@ _ALIGNMENT = 8  # of the data, as safetensors writes it
 _START_WRITING = 2  # Linux's SYNC_FILE_RANGE_WRITE
 
 
-class CutOff(Exception):
+class CutOff(OSError):
     """End of a source before the bytes that its header promises."""
 
 

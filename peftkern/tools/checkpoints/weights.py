@@ -1,18 +1,25 @@
-"""Weights of a base checkpoint, dense or in bitsandbytes' NF4, as one kind of value."""
+"""Weights of a base checkpoint, dense or in 4 bits, as one kind of value."""
 
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from peftkern.formats.block_weight import (
+    METHOD,
+    PARTS,
+    BlockWeight,
+    QuantizedWeight,
+    chosen_blocksize,
+)
 from peftkern.formats.json_files import brief
-from peftkern.formats.nf4 import STATE_KEY, NF4Weight
-from peftkern.functional import dequantize_nf4
+from peftkern.formats.nf4 import STATE_KEYS, NF4Weight
+from peftkern.functional import dequantize
 from peftkern.tools.checkpoints.checkpoint import (
     DTYPES,
     READ_ERRORS,
@@ -21,8 +28,10 @@ from peftkern.tools.checkpoints.checkpoint import (
     TensorInfo,
     open_safetensors,
 )
+from peftkern.tools.checkpoints.four_bit import FourBit
+from peftkern.tools.checkpoints.streaming import read_into
 
-_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_KEY)
+_BNB_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *STATE_KEYS.values())
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -30,16 +39,15 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 class Weight:
     """A tensor of the base; shape and dtype are those of its values.
 
-    infos: the stored tensor, or those of an NF4 weight, its packed codes first. nf4: blocksize and
-    whether absmax is nested; None for a dense tensor. transposed: NF4 holds [N, K] of a Conv1D's
-    [K, N].
+    infos: the stored tensor, or those of a quantized weight, its packed codes first. four_bit: how
+    that is stored; None for a dense tensor. transposed: as [N, K] of a Conv1D's [K, N].
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
     infos: tuple[TensorInfo, ...]
-    nf4: tuple[int, bool] | None = None
+    four_bit: FourBit | None = None
     transposed: bool = False
 
     @property
@@ -55,69 +63,122 @@ class Weight:
         found = self.stored()
         if isinstance(found, Tensor):
             return found
-        dense = dequantize_nf4(found)
+        dense = dequantize(found)
         return dense.T.contiguous() if self.transposed else dense
 
-    def stored(self) -> Tensor | NF4Weight:
+    def stored(self) -> Tensor | QuantizedWeight:
         """Return its values as they are stored."""
-        if self.nf4 is not None:
-            return _read_nf4(self.name, self.infos)
-        with open_safetensors(self.info.file) as file:
-            return file.get_tensor(self.name)
+        if self.four_bit is not None:
+            blocks = None if self.four_bit.format in STATE_KEYS else self.four_bit
+            return _from_state(self.name, _tensors(self.infos), self.dtype, blocks)
+        tensor = torch.empty(self.shape, dtype=self.dtype)
+        with open(self.info.file, "rb") as file:
+            read_into(file.fileno(), tensor, self.info.offset)
+        return tensor
+
+    def experts(self) -> Iterator[Weight]:
+        """Yield those of a dense stack [E, ...], each a part of its file."""
+        info, (count, *shape) = self.info, self.shape
+        for number in range(count):
+            nbytes = info.nbytes // count
+            place = {"nbytes": nbytes, "offset": info.offset + number * nbytes}
+            part = replace(info, shape=tuple(shape), **place)
+            yield replace(self, shape=part.shape, infos=(part,))
 
 
 def find_weights(checkpoint: Checkpoint) -> dict[str, Weight]:
-    """Find the weights of a checkpoint, in its order; of those in NF4 the small parts are read.
+    """Find the weights of a checkpoint, in its order; of those in NF4 and FP4 the small parts are
+    read. Layers of `BlockLinearConfig` have no dtype of their own, but that of most dense values.
 
-    Raises: CheckpointError for a quantized checkpoint that is not NF4 of bitsandbytes.
+    Raises: CheckpointError for a quantized checkpoint that is neither bitsandbytes' nor one of
+        those, or whose experts are quantized.
     """
     tensors = checkpoint.tensors
-    config = checkpoint.config.get("quantization_config")
-    if config is not None:
-        _check_config(checkpoint, config)
-    suffix = f".{STATE_KEY}"
-    quantized = {name.removesuffix(suffix) for name in tensors if name.endswith(suffix)}
-    parts = {f"{name}.{part}" for name in quantized for part in _PARTS}
-    weights = {}
+    blocks = _blocks(checkpoint)
+    parts, keys = (_BNB_PARTS, STATE_KEYS.values()) if blocks is None else (PARTS, ["scale"])
+    quantized = {name for name in tensors for key in keys if f"{name}.{key}" in tensors}
+    apart = {f"{name}.{part}" for name in quantized for part in parts} | quantized
+    dense = {
+        name: Weight(name, DTYPES[info.dtype], info.shape, (info,))
+        for name, info in tensors.items()
+        if name not in apart
+    }
+    dtype, weights = main_dtype(dense.values()), {}
     for name, info in tensors.items():
         if name in quantized:
-            found = [tensors[f"{name}.{p}"] for p in _PARTS if f"{name}.{p}" in tensors]
-            weights[name] = _nf4_weight(name, (info, *found))
-        elif name not in parts:
-            weights[name] = Weight(name, DTYPES[info.dtype], info.shape, (info,))
+            others = (tensors.get(f"{name}.{part}") for part in parts)
+            infos = (info, *(other for other in others if other is not None))
+            weights[name] = _quantized_weight(name, infos, dtype, blocks)
+        elif name in dense:
+            weights[name] = dense[name]
     return weights
 
 
-def _check_config(checkpoint: Checkpoint, config: Any) -> None:
+def main_dtype(weights: Iterable[Weight]) -> torch.dtype:
+    """Return the dtype of most of the values; others are kept on purpose, and stay."""
+    sizes: Counter[torch.dtype] = Counter()
+    for weight in weights:
+        if weight.dtype in FLOATS:
+            sizes[weight.dtype] += torch.Size(weight.shape).numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
+
+
+def _blocks(checkpoint: Checkpoint) -> FourBit | None:
+    """Return the format of a checkpoint of `BlockLinearConfig`, None of a dense one or one of
+    bitsandbytes. Raises: CheckpointError for any other."""
+    config = checkpoint.config.get("quantization_config")
+    if config is None:
+        return None
     config = config if isinstance(config, dict) else {"quant_method": config}
+    if config.get("quant_method") == METHOD:
+        try:
+            format = config.get("format")
+            return FourBit(format, chosen_blocksize(format, config.get("blocksize")))
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{checkpoint.folder}: quantization_config: {error}") from None
     expected = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_quant_storage": "uint8",
+        "quant_method": ("bitsandbytes",),
+        "load_in_4bit": (True,),
+        "bnb_4bit_quant_type": tuple(STATE_KEYS),
+        "bnb_4bit_quant_storage": ("uint8", None),
     }
-    for key, value in expected.items():
-        came = config.get(key, value if key == "bnb_4bit_quant_storage" else None)
-        if came != value:
+    for key, values in expected.items():
+        if (came := config.get(key)) not in values:
             raise CheckpointError(
-                f"{checkpoint.folder}: expected dense weights or NF4 of bitsandbytes, "
-                f"got {key} {brief(came)}"
+                f"{checkpoint.folder}: expected dense weights, NF4 or FP4 of bitsandbytes, or "
+                f"layers of peftkern's BlockLinearConfig, got {key} {brief(came)}"
             )
+    return None
 
 
-def _nf4_weight(name: str, infos: tuple[TensorInfo, ...]) -> Weight:
+def _quantized_weight(
+    name: str, infos: tuple[TensorInfo, ...], dtype: torch.dtype, blocks: FourBit | None
+) -> Weight:
     """Check the parts against each other; memory for the large ones is never touched."""
     with _damage_named(name, infos[0]):
-        small = {f"{name}.{STATE_KEY}", f"{name}.quant_map"}
+        small = {f"{name}.{part}" for part in ("quant_map", *STATE_KEYS.values())}
         state = _tensors([info for info in infos if info.name in small])
         for info in infos:
             state.setdefault(info.name, torch.empty(info.shape, dtype=DTYPES[info.dtype]))
-        nf4 = NF4Weight.from_state_dict(state, name.removesuffix("weight"))
-        return Weight(name, nf4.dtype, nf4.shape, infos, (nf4.blocksize, nf4.nested))
+        w = _from_state(name, state, dtype, blocks)
+        four_bit = FourBit(w.quant_type, w.blocksize, w.nested) if blocks is None else blocks
+        return Weight(name, w.dtype, w.shape, infos, four_bit)
 
 
-def _read_nf4(name: str, infos: tuple[TensorInfo, ...]) -> NF4Weight:
-    return NF4Weight.from_state_dict(_tensors(infos), name.removesuffix("weight"))
+def _from_state(
+    name: str, state: dict[str, Tensor], dtype: torch.dtype, blocks: FourBit | None
+) -> QuantizedWeight:
+    """Return the weight of some tensors. Raises: ValueError for what does not fit."""
+    if blocks is None:
+        return NF4Weight.from_state_dict(state, name.removesuffix("weight"))
+    packed = state[name]
+    if packed.dim() != 2:
+        raise ValueError(f"packed: expected [N, K / 2], got {list(packed.shape)}")
+    shape = (packed.shape[0], 2 * packed.shape[1])
+    parts = {part: state.get(f"{name}.{part}") for part in PARTS}
+    return BlockWeight(
+        blocks.format, packed, shape=shape, dtype=dtype, blocksize=blocks.blocksize, **parts
+    )
 
 
 def _tensors(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
@@ -133,4 +194,4 @@ def _damage_named(name: str, info: TensorInfo) -> Iterator[None]:
     try:
         yield
     except READ_ERRORS as error:
-        raise CheckpointError(f"{info.file}: {name}: no NF4 weight: {error}") from None
+        raise CheckpointError(f"{info.file}: {name}: no weight in 4 bits: {error}") from None

@@ -196,7 +196,7 @@ def _wanted(names: Sequence[str] | str) -> dict[str, Callable[[str], Any]]:
 def _linear_layers(
     model: PreTrainedModel, loads: Sequence[Load], weights: Mapping[str, Weight]
 ) -> dict[str, Target]:
-    """Find the weights that are a linear layer's as they are, dense or in NF4."""
+    """Find the weights that are a linear layer's as they are, dense or in 4 bits."""
     found = {}
     for load in loads:
         name, _, parameter = load.target.rpartition(".")
@@ -208,9 +208,9 @@ def _linear_layers(
             continue
         shape = tuple(module.weight.shape)
         transposed = isinstance(module, Conv1D)
-        if transposed and weight.nf4 is not None:  # what is quantized is never transposed
+        if transposed and weight.four_bit is not None:  # what is quantized is never transposed
             shape, transposed = shape[::-1], False
-        if weight.shape == shape and (weight.nf4 or load.info.dtype in DTYPES):
+        if weight.shape == shape and (weight.four_bit or load.info.dtype in DTYPES):
             found[load.info.name] = Target(name, shape[::-1] if transposed else shape, transposed)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda item: order[item[1].module]))

@@ -65,14 +65,14 @@ def merge_checkpoint(
     wrong they are right: an adapter of one of two tied embeddings leaves the other alone, and a
     bias of lora_B is scaled over a base in 4 bits, too.
 
-    Memory: the adapters, and for each thread a panel of rows; the whole of a weight that is, or
-    will be, in NF4, that an adapter replaces, wholly or in some rows, that is a convolution's, or
-    whose DoRA normalizes columns; two tied tables that are both stored. Calling it again after an
-    interruption resumes; KeyboardInterrupt and OSError leave a state that allows it, a
-    CheckpointError leaves nothing.
+    Memory: the adapters, and for each thread a panel of rows; the whole of a weight that is, will
+    be or was in 4 bits (of a stack of experts one), that an adapter replaces, wholly or in some
+    rows, that is a convolution's, or whose DoRA normalizes columns; two tied tables that are both
+    stored. Calling it again after an interruption resumes; KeyboardInterrupt and OSError leave a
+    state that allows it, a CheckpointError leaves nothing.
 
     Args:
-        checkpoint: of `read_checkpoint`, quantized=True for a base in NF4.
+        checkpoint: of `read_checkpoint`, quantized=True for a base in 4 bits.
         adapters: with a weight each, by which the update is multiplied.
         force: replace the checkpoint that `destination` holds, once the new one is complete.
         progress: called with (bytes of the base, tensor name) after each piece of work.
@@ -147,7 +147,7 @@ def _write(work: Path, plan: Plan, options: Options, progress: Progress) -> Summ
         places = (path, work.parent / file.name) if note else ()
         if any(_state(place) == note["state"] for place in places):
             resumed += 1
-            progress(sum(unit.weight.nbytes for unit in file.units), file.name)
+            progress(sum(i.nbytes for unit in file.units for i in unit.infos), file.name)
         else:
             path.unlink(missing_ok=True)
             written = write_file(path, file, options, progress)
@@ -197,7 +197,7 @@ def _save_residuals(path: Path, written: Written) -> None:
 
 
 def _write_residual(work: Path, plan: Plan, destination: Path) -> None:
-    """Write an adapter of PEFT's for what NF4 has lost of all weights."""
+    """Write an adapter of PEFT's for what 4 bits have lost of all weights."""
     updates = {}
     for file in plan.files:
         path = work / _RESIDUALS / file.name

@@ -66,7 +66,7 @@ def as_parameters(
     found = dict(weights)
     for load in loads:
         weight = found.get(load.info.name)
-        if load.target in turned and weight is not None and weight.nf4 is not None:
+        if load.target in turned and weight is not None and weight.four_bit is not None:
             found[weight.name] = replace(weight, shape=weight.shape[::-1], transposed=True)
     return found
 
@@ -82,7 +82,7 @@ def find_places(
     for load in loads:
         weight = weights.get(load.info.name)
         if weight is None:
-            continue  # a part of an NF4 weight
+            continue  # a part of a weight in 4 bits
         targets = [load.target] if load.converter is None else load_targets(load)
         shape = parameters.get(load.target)
         if shape is None:

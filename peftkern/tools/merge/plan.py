@@ -2,87 +2,166 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from peftkern.formats.nf4 import NESTED_BLOCKSIZE, STATE_BYTES, STATE_KEY
-from peftkern.formats.table import NF4_CODE
-from peftkern.tools.checkpoints.checkpoint import DTYPES, SINGLE, Checkpoint, CheckpointError
+from peftkern.formats.table import FORMATS, NUMBERS
+from peftkern.tools.checkpoints.checkpoint import (
+    DTYPES,
+    SINGLE,
+    Checkpoint,
+    CheckpointError,
+    TensorInfo,
+)
+from peftkern.tools.checkpoints.four_bit import FourBit
 from peftkern.tools.checkpoints.streaming import Slot, layout, read_header
-from peftkern.tools.checkpoints.weights import FLOATS, Weight
+from peftkern.tools.checkpoints.weights import Weight, main_dtype
 from peftkern.tools.merge.arithmetic import in_panels
 from peftkern.tools.merge.edits import Edit
 from peftkern.tools.merge.embeddings import Untied
 from peftkern.tools.merge.placement import Place, Places
+from peftkern.tools.quantize.file_plan import Choice, Stack
 
-NF4_LAYOUT = (64, True)  # blocksize and nested absmax, as `peftkern quantize` has it
-TRAINED_LAYOUT = (64, False)  # bitsandbytes' default
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 _DTYPE_OUT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OUT = (*_DTYPE_OUT, "nf4", "keep")
+OUT = (*_DTYPE_OUT, *NUMBERS, "keep")
 
 
 @dataclass(frozen=True)
 class Options:
     """Options that decide the written bytes: a run resumes only with the same.
 
-    out: "keep", every tensor as it is stored; "bf16", "fp16", "fp32"; "nf4". residual: rank of an
-    adapter for what NF4 loses, 0 for none. as_trained: "nf4" if the adapter was trained on the base
-    in NF4, "" if on the base as it is. changed_base: as for `match_adapters`.
+    out: "keep", every tensor as it is stored; "bf16", "fp16", "fp32"; a row of
+    `peftkern.formats.table`. residual: rank of an adapter for what 4 bits lose, 0 for none.
+    as_trained: that row in which the base was when the adapter was trained, "" if it was as it is.
+    changed_base: as for `match_adapters`. blocksize: of such an output, None for the usual one.
+    trained_experts: whether fused experts were in NF4, too, when the adapter was trained.
     """
 
     out: str = "keep"
     residual: int = 0
     as_trained: str = ""
     changed_base: bool = False
+    blocksize: int | None = None
+    trained_experts: bool = False
 
     def __post_init__(self) -> None:
         if self.out not in OUT:
             raise CheckpointError(f"out: expected one of {', '.join(OUT)}, got {self.out!r}")
-        if self.as_trained not in ("", "nf4"):
-            raise CheckpointError(f"as_trained: expected nf4, got {self.as_trained!r}")
+        if self.as_trained and self.as_trained not in NUMBERS:
+            expected = ", ".join(NUMBERS)
+            raise CheckpointError(
+                f"as_trained: expected one of {expected}, got {self.as_trained!r}"
+            )
         if self.residual < 0:
             raise CheckpointError(f"residual: expected a rank of at least 1, got {self.residual}")
+        if self.out in NUMBERS:
+            try:
+                FORMATS[NUMBERS[self.out]].chosen_blocksize(self.blocksize)
+            except ValueError as error:
+                raise CheckpointError(str(error)) from None
+        elif self.blocksize is not None:
+            raise CheckpointError(f"blocksize: expected with out in 4 bits, got out {self.out}")
+        if self.trained_experts and self.as_trained != "nf4":
+            raise CheckpointError("trained_experts: expected with as_trained nf4")
+
+    @property
+    def stored(self) -> FourBit | None:
+        """4 bits of the output, as `peftkern quantize` writes them."""
+        own = self.out in NUMBERS
+        return FourBit.of(self.out, self.blocksize, nested=True) if own else None
+
+    @property
+    def trained(self) -> FourBit | None:
+        """4 bits of training, as bitsandbytes and `BlockLinearConfig` have them by default."""
+        return FourBit.of(self.as_trained, nested=False) if self.as_trained else None
+
+
+class Quantized(NamedTuple):
+    """Tensors that are written in 4 bits, those that were in training, and the config of what is
+    written, None if nothing is quantized anew."""
+
+    out: Choice = Choice({})
+    trained: Choice = Choice({})
+    config: Mapping[str, Any] | None = None
+
+    def rounded(self, four_bit: FourBit | None) -> dict[str, bool]:
+        """Return the tensors that were in 4 bits, True for those that were transposed for it."""
+        rounded = dict(self.trained.linear)
+        for stack in self.trained.stacks.values():
+            turned = stack.turned and four_bit.format != "nf4"  # whose blocks take rows as they are
+            rounded |= dict.fromkeys(stack.sources, stack.transposed != turned)
+        return rounded
 
 
 @dataclass(frozen=True)
 class Unit:
     """What becomes of a weight of the base: some tensors of the output.
 
-    edits: those of the parameters whose rows it holds. nf4: layout of the output if that is NF4.
-    trained_nf4: it is rounded to NF4 before the edits. transposed: it is for either, as for Conv1D.
+    edits: those of the parameters whose rows it holds. four_bit: how the output is stored if that
+    is in 4 bits. trained: 4 bits that it is rounded to before the edits. transposed: it is for
+    either, as for Conv1D.
     """
 
     name: str
     weight: Weight
     slots: tuple[Slot, ...]
     edits: tuple[tuple[Place, Edit], ...] = ()
-    nf4: tuple[int, bool] | None = None
+    four_bit: FourBit | None = None
     transposed: bool = False
-    trained_nf4: bool = False
+    trained: FourBit | None = None
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        return self.weight.infos
 
     @property
     def copied(self) -> bool:
         """Whether the output has the bytes of the base."""
-        same = self.nf4 == self.weight.nf4 and self.slots[0].dtype is DTYPES[self.weight.info.dtype]
-        return same and not self.edits and not self.trained_nf4
+        same = self.four_bit == self.weight.four_bit
+        same = same and self.slots[0].dtype is DTYPES[self.weight.info.dtype]
+        return same and not self.edits and self.trained is None
 
     @property
     def streamed(self) -> bool:
         """Whether panels of rows go from file to file."""
-        dense = self.nf4 is None and self.weight.nf4 is None and not self.trained_nf4
+        dense = self.four_bit is None and self.weight.four_bit is None and self.trained is None
         panels = all(in_panels(edit, place) for place, edit in self.edits)
         return dense and panels and len(self.weight.shape) > 1
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the values: in which they are stored, or quantized."""
-        return self.weight.dtype if self.nf4 is not None else self.slots[0].dtype
+        return self.weight.dtype if self.four_bit is not None else self.slots[0].dtype
+
+
+@dataclass(frozen=True)
+class Experts:
+    """What becomes of a stack of experts that is written in 4 bits, or was in training.
+
+    experts: the weights of each, whose rows are put together. four_bit: None if each becomes its
+    part of the one slot.
+    """
+
+    name: str
+    experts: tuple[tuple[Unit, ...], ...]
+    slots: tuple[Slot, ...]
+    stack: Stack
+    four_bit: FourBit | None = None
+    copied = False
+
+    @property
+    def infos(self) -> tuple[TensorInfo, ...]:
+        return tuple(info for parts in self.experts for unit in parts for info in unit.infos)
+
+    @property
+    def edits(self) -> bool:
+        return any(unit.edits for parts in self.experts for unit in parts)
 
 
 @dataclass(frozen=True)
@@ -91,7 +170,7 @@ class File:
 
     name: str
     header: bytes
-    units: tuple[Unit, ...]
+    units: tuple[Unit | Experts, ...]
 
     @property
     def nbytes(self) -> int:
@@ -105,25 +184,40 @@ def plan_files(
     edits: Mapping[str, Edit],
     untied: Sequence[Untied],
     options: Options,
-    linear: Mapping[str, bool],
+    quantized: Quantized,
 ) -> list[File]:
-    """Plan all files, under their names in the base and with its order of tensors.
-
-    Args: linear, the weights that are, or were, quantized, as in `peftkern quantize`'s choice.
-    """
-    main = main_dtype(weights)
-    files: dict[Path, list[Unit]] = defaultdict(list)
+    """Plan all files, under their names in the base and with its order of tensors; a stack of
+    experts in 4 bits has the place of the first tensor that it is made of."""
+    main, rounded = main_dtype(weights.values()), quantized.rounded(options.trained)
+    files: dict[Path, list[Unit | Experts]] = defaultdict(list)
     home: dict[str, str] = {}
-    for name, weight in weights.items():
-        found = places.by_tensor.get(name, ())
+    firsts = {stack.sources[0]: name for name, stack in quantized.out.stacks.items()}
+    others = {source for stack in quantized.out.stacks.values() for source in stack.sources[1:]}
+    trained = {stack.sources[0]: stack for stack in quantized.trained.stacks.values()}
+
+    def planned(weight: Weight, found: Iterable[Place]) -> Unit:
+        """Return what becomes of a weight, before it has a place in a file."""
         own = tuple(
             (place, _at(place, edits[place.parameter], weight))
             for place in found
             if place.parameter in edits
         )
-        unit = Unit(name, weight, (), own, *_format(weight, options, linear))
-        files[weight.info.file].append(_with_slots(unit, main, options))
+        return Unit(weight.name, weight, (), own, *_format(weight, options, quantized, rounded))
+
+    for name, weight in weights.items():
+        found = places.by_tensor.get(name, ())
         home |= {place.parameter: name for place in found}
+        if name in firsts:
+            stack = quantized.out.stacks[firsts[name]]
+            parts = [planned(*part) for part in _parts(stack, weights, places)]
+            files[weight.info.file].append(_stacked(firsts[name], parts, stack, options.stored))
+        elif name in trained and len(weight.shape) == 3:
+            slots = _with_slots(planned(weight, ()), main, options).slots
+            parts = (planned(*part) for part in _parts(trained[name], weights, places))
+            experts = tuple((replace(part, slots=slots),) for part in parts)
+            files[weight.info.file].append(Experts(name, experts, slots, trained[name]))
+        elif name not in others:
+            files[weight.info.file].append(_with_slots(planned(weight, found), main, options))
     for new in untied:
         weight = weights[home[new.source]]
         place, edit = Place(new.parameter, weight.shape[0]), edits.get(new.parameter)
@@ -132,38 +226,52 @@ def plan_files(
     return [_file(path, files[path]) for path in checkpoint.files if path in files]
 
 
-def main_dtype(weights: Mapping[str, Weight]) -> torch.dtype:
-    """Return the dtype of most of the values; others are kept on purpose, and stay."""
-    sizes: Counter[torch.dtype] = Counter()
-    for weight in weights.values():
-        if weight.dtype in FLOATS:
-            sizes[weight.dtype] += torch.Size(weight.shape).numel()
-    return sizes.most_common(1)[0][0] if sizes else torch.float32
+def _parts(
+    stack: Stack, weights: Mapping[str, Weight], places: Places
+) -> Iterator[tuple[Weight, tuple[Place, ...]]]:
+    """Yield the weights of the experts of a stack, one after the other, and their places."""
+    for name in stack.sources:
+        weight, found = weights[name], places.by_tensor.get(name, ())
+        if len(weight.shape) == 2:
+            yield weight, found
+            continue
+        for number, one in enumerate(weight.experts()):
+            own = (place._replace(expert=number, rows=one.shape[0]) for place in found)
+            yield one, tuple(own)
+
+
+def _stacked(name: str, parts: Sequence[Unit], stack: Stack, stored: FourBit) -> Experts:
+    """Plan a stack in 4 bits."""
+    count, found = len(parts) // stack.shape[0], (replace(p, four_bit=stored) for p in parts)
+    experts = tuple(zip(*(found,) * count, strict=True))
+    slots = stored.stack_slots(name, stack.shape, turned=stack.turned)
+    return Experts(name, experts, slots, stack, stored)
 
 
 def _format(
-    weight: Weight, options: Options, linear: Mapping[str, bool]
-) -> tuple[tuple[int, bool] | None, bool, bool]:
-    """Return a unit's nf4, transposed and trained_nf4."""
-    trained = bool(options.as_trained) and weight.name in linear
-    if weight.nf4 is not None:
-        kept = weight.nf4 if options.out in ("keep", "nf4") else None
-        return kept, weight.transposed, False
-    if options.out == "nf4" and weight.name in linear:
-        return NF4_LAYOUT, linear[weight.name], trained
-    return None, trained and linear[weight.name], trained
+    weight: Weight, options: Options, quantized: Quantized, rounded: Mapping[str, bool]
+) -> tuple[FourBit | None, bool, FourBit | None]:
+    """Return a unit's four_bit, transposed and trained."""
+    if weight.four_bit is not None:
+        kept = weight.four_bit if options.out not in _DTYPE_OUT else None
+        return kept, weight.transposed, None
+    linear, name = quantized.out.linear, weight.name
+    stored = options.stored if name in linear else None
+    trained = options.trained if name in rounded else None
+    return stored, linear.get(name, False) or rounded.get(name, False), trained
 
 
 def _with_slots(unit: Unit, main: torch.dtype, options: Options) -> Unit:
     weight = unit.weight
-    if unit.nf4 is not None:
-        if not unit.edits and unit.nf4 == weight.nf4:
+    if unit.four_bit is not None:
+        if not unit.edits and unit.four_bit == weight.four_bit:
             slots = tuple(Slot(i.name, DTYPES[i.dtype], i.shape) for i in weight.infos)
         else:
-            slots = nf4_slots(unit.name, weight.shape, unit.nf4)
+            shape = weight.shape[::-1] if unit.transposed else weight.shape
+            slots = unit.four_bit.slots(unit.name, shape)
         return replace(unit, slots=slots)
     wanted = _DTYPE_OUT.get(options.out, weight.dtype)
-    dtype = wanted if weight.dtype is main or weight.nf4 is not None else weight.dtype
+    dtype = wanted if weight.dtype is main or weight.four_bit is not None else weight.dtype
     shape = weight.shape
     for place, edit in unit.edits:
         if edit.value is not None and _is_whole(place, weight):
@@ -193,27 +301,10 @@ def _at(place: Place, edit: Edit, weight: Weight) -> Edit:
     return replace(edit, value=value, added=added)
 
 
-def nf4_slots(name: str, shape: Sequence[int], layout: tuple[int, bool]) -> tuple[Slot, ...]:
-    """Return the tensors of an NF4 weight, in the order of `NF4Weight.state_dict`."""
-    blocksize, nested = layout
-    numel = torch.Size(shape).numel()
-    blocks = -(-numel // blocksize)
-    slots = [
-        Slot(name, torch.uint8, ((numel + 1) // 2, 1)),
-        Slot(f"{name}.absmax", torch.uint8 if nested else torch.float32, (blocks,)),
-        Slot(f"{name}.quant_map", torch.float32, (len(NF4_CODE),)),
-    ]
-    if nested:
-        count = -(-blocks // NESTED_BLOCKSIZE)
-        slots.append(Slot(f"{name}.nested_absmax", torch.float32, (count,)))
-        slots.append(Slot(f"{name}.nested_quant_map", torch.float32, (256,)))
-    return (*slots, Slot(f"{name}.{STATE_KEY}", torch.uint8, (STATE_BYTES,)))
-
-
-def _file(path: Path, units: list[Unit]) -> File:
+def _file(path: Path, units: Sequence[Unit | Experts]) -> File:
     """Give all tensors their places: those of the base's file, if nothing else fits there."""
     header, names, metadata = read_header(path)
-    infos = {info.name: info for unit in units for info in unit.weight.infos}
+    infos = {info.name: info for unit in units for info in unit.infos}
     slots = [slot for unit in units for slot in unit.slots]
     there = {
         (info.name, DTYPES[info.dtype], info.shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,29 +11,42 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from peftkern.formats.nf4 import STATE_KEYS
+from peftkern.formats.table import NUMBERS
+from peftkern.layers.quantize import expert_parameters
 from peftkern.tools.adapters import Adapter
 from peftkern.tools.adapters.adapter import base_made_with
 from peftkern.tools.checkpoints.architecture import find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.checkpoints.companions import Companions, find_companions
-from peftkern.tools.checkpoints.weights import Weight, find_weights
+from peftkern.tools.checkpoints.four_bit import FourBit
+from peftkern.tools.checkpoints.weights import Weight, find_weights, main_dtype
 from peftkern.tools.merge.edits import Edit, check_shapes, match_adapters
 from peftkern.tools.merge.embeddings import Untied, change_config, untie
 from peftkern.tools.merge.placement import Places, as_parameters, find_places
-from peftkern.tools.merge.plan import File, Options, main_dtype, merged_config, plan_files
+from peftkern.tools.merge.plan import (
+    Experts,
+    File,
+    Options,
+    Quantized,
+    merged_config,
+    plan_files,
+)
+from peftkern.tools.quantize import file_plan
 
 Adapters = Sequence[tuple[Adapter, float]]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A merge whose parts fit together."""
+    """A merge whose parts fit together; unfit: as in `peftkern quantize`'s choice."""
 
     files: list[File]
     config: dict[str, Any]
     places: Places
     untied: list[Untied]
     companions: Companions
+    unfit: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -47,8 +61,10 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     if not options.changed_base:
         _check_home(checkpoint, adapters)
     weights = find_weights(checkpoint)
-    linear, quantization = _nf4_choice(checkpoint, weights, options)
+    quantized = _quantized(checkpoint, weights, options)
     model = meta_model(checkpoint)
+    if quantized.config is not None:
+        _check_experts(model, quantized, options.out)
     loads = list(find_loads(model, checkpoint))
     weights = as_parameters(model, loads, weights)
     places = find_places(model, loads, weights)
@@ -62,12 +78,12 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     check_shapes(edits, shapes, sources)
     _check_stored(model, places, edits, apart, sources)
     config = change_config(checkpoint.config, model, edits, differ)
-    files = plan_files(checkpoint, weights, places, edits, apart, options, linear)
+    files = plan_files(checkpoint, weights, places, edits, apart, options, quantized)
     if options.residual:
         _check_residual(files, places, shapes)
-    config = merged_config(config, main_dtype(weights), options, quantization)
+    config = merged_config(config, main_dtype(weights.values()), options, quantized.config)
     companions = find_companions(checkpoint, adapters=False)
-    return Plan(files, config, places, apart, companions)
+    return Plan(files, config, places, apart, companions, quantized.out.unfit)
 
 
 def _check_home(checkpoint: Checkpoint, adapters: Adapters) -> None:
@@ -81,43 +97,91 @@ def _check_home(checkpoint: Checkpoint, adapters: Adapters) -> None:
             )
 
 
-def _nf4_choice(
+def _quantized(
     checkpoint: Checkpoint, weights: Mapping[str, Weight], options: Options
-) -> tuple[Mapping[str, bool], Mapping[str, Any] | None]:
-    """Find the weights that are, or were, quantized, and the config for those that are."""
-    quantized = any(weight.nf4 is not None for weight in weights.values())
-    if options.residual and options.out != "nf4" and not (quantized and options.out == "keep"):
+) -> Quantized:
+    """Find the weights that will be, or were, quantized, and the config for those that will."""
+    stored = next((w.four_bit.format for w in weights.values() if w.four_bit is not None), None)
+    if options.residual and options.out not in NUMBERS and not (stored and options.out == "keep"):
         raise CheckpointError(
-            f"{checkpoint.folder}: a residual adapter, but nothing is written in NF4: --out nf4"
+            f"{checkpoint.folder}: a residual adapter, but nothing is written in 4 bits: --out nf4"
         )
-    if quantized and options.as_trained:
-        raise CheckpointError(f"{checkpoint.folder}: as_trained, but the base is in NF4 as it is")
-    if quantized or (options.out != "nf4" and not options.as_trained):
-        return {}, None
+    if stored is None:
+        out, config = _choice(checkpoint, options.stored)
+        dense = options.as_trained in STATE_KEYS and not options.trained_experts
+        trained, _ = _choice(checkpoint, options.trained, experts=not dense)
+        if options.trained_experts:
+            _check_rows(trained.stacks, weights, options.trained.blocksize)
+        return Quantized(out, trained, config)
+    if options.blocksize is not None:
+        raise CheckpointError(f"blocksize: the base is in {stored}, whose blocks stay as they are")
+    if options.as_trained:
+        raise CheckpointError(
+            f"{checkpoint.folder}: as_trained, but the base is in {stored} as it is"
+        )
+    if options.out in NUMBERS and options.out != stored:
+        raise CheckpointError(
+            f"{checkpoint.folder}: is in {stored}, which is written as that or dense, got "
+            f"{options.out}"
+        )
+    return Quantized()
+
+
+def _choice(
+    checkpoint: Checkpoint, four_bit: FourBit | None, *, experts: bool = True
+) -> tuple[file_plan.Choice, Mapping[str, Any] | None]:
+    """Return what `peftkern quantize` would quantize, and its config.
+
+    Args: experts, whether fused ones are, too: bitsandbytes leaves them as they are.
+    Raises: CheckpointError for what it refuses.
+    """
+    if four_bit is None:
+        return file_plan.Choice({}), None
     from peftkern.tools.quantize.linear_weights import find_weights as find_linear
 
-    choice, config = find_linear(checkpoint)
-    if options.out != "nf4":
-        return choice.linear, None
-    if choice.stacks:
-        raise CheckpointError(
-            f"{next(iter(choice.stacks))}: experts are written in NF4 by `peftkern quantize` "
-            "of the merged checkpoint"
-        )
-    return choice.linear, config
+    how = dict(zip(("format", "blocksize", "double_quant"), four_bit, strict=True))
+    choice, config = find_linear(checkpoint, **how)
+    choice = choice if experts else choice._replace(stacks={})
+    file_plan.plan_files(checkpoint, choice, file_plan.Options(**how))
+    return choice, config
+
+
+def _check_rows(
+    stacks: Mapping[str, file_plan.Stack], weights: Mapping[str, Weight], blocksize: int
+) -> None:
+    """Raise CheckpointError for rows of an expert in a tensor of their own that share a block with
+    those of another."""
+    for name in (source for stack in stacks.values() for source in stack.sources):
+        if math.prod(weights[name].shape) % blocksize:
+            raise CheckpointError(
+                f"{name}: trained_experts: expected a multiple of {blocksize} values, got "
+                f"{list(weights[name].shape)}"
+            )
+
+
+def _check_experts(model: PreTrainedModel, quantized: Quantized, out: str) -> None:
+    """Raise CheckpointError for fused experts that would stay dense beside layers in 4 bits."""
+    for name, module in model.named_modules():
+        for parameter in expert_parameters(module):
+            if f"{name}.{parameter}" not in quantized.out.stacks:
+                raise CheckpointError(
+                    f"{name}.{parameter}: these experts cannot be written in {out}: merge with "
+                    "--out bf16, which `peftkern quantize --partial` takes"
+                )
 
 
 def _check_residual(
     files: Sequence[File], places: Places, shapes: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Raise CheckpointError unless what is written in NF4 are whole weights of layers, which alone
-    an adapter of target_modules can update."""
-    for unit in (unit for file in files for unit in file.units if unit.nf4 is not None):
+    """Raise CheckpointError unless what is written in 4 bits are whole weights of layers, which
+    alone an adapter of target_modules can update."""
+    for unit in (unit for file in files for unit in file.units if unit.four_bit is not None):
         found = places.by_tensor.get(unit.name, ())
         parameter = found[0].parameter if len(found) == 1 else ""
-        whole = len(unit.weight.shape) == 2 and shapes.get(parameter) == unit.weight.shape
-        if not whole or not parameter.endswith(".weight"):
+        stack = isinstance(unit, Experts)
+        if stack or shapes.get(parameter) != unit.weight.shape or not parameter.endswith(".weight"):
             part = f"a part of {found[0].parameter}" if found else "nothing of the model"
+            part = "a stack of experts" if stack else part
             raise CheckpointError(
                 f"{unit.name}: is {part}, and a residual adapter is for whole weights of layers"
             )

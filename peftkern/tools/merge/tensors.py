@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.formats.nf4 import NF4Weight
-from peftkern.functional import dequantize_nf4, quantize_nf4
+from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.functional.truncated_svd import truncated_svd
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 from peftkern.tools.merge.arithmetic import (
@@ -26,7 +25,7 @@ from peftkern.tools.merge.arithmetic import (
 )
 from peftkern.tools.merge.edits import Edit
 from peftkern.tools.merge.placement import Place
-from peftkern.tools.merge.plan import TRAINED_LAYOUT, Unit
+from peftkern.tools.merge.plan import Unit
 
 _PANEL = 1 << 17  # values: two buffers of float32 and one of 16 bits are 1.3 MB
 _FEWEST_ROWS = 16  # a product with fewer rows is summed in another order by some libraries
@@ -34,7 +33,7 @@ _MEASURED = 32  # of the panels of a merged tensor, one of so many is compared
 
 
 class Residual(NamedTuple):
-    """Factors of what NF4 has lost of a weight [N, K]: lora_B @ lora_A."""
+    """Factors of what 4 bits have lost of a weight [N, K]: lora_B @ lora_A."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -164,26 +163,26 @@ def _check_finite(unit: Unit, stored: Tensor) -> None:
         raise CheckpointError(f"{unit.name}: holds NaN or infinity as it is to be written")
 
 
-def rounded_to_nf4(weight: Tensor, layout: tuple[int, bool] = TRAINED_LAYOUT) -> Tensor:
-    blocksize, nested = layout
-    return dequantize_nf4(quantize_nf4(weight, blocksize=blocksize, double_quant=nested))
+def rounded_as_trained(unit: Unit, weight: Tensor) -> Tensor:
+    """Return the values that the base had when the adapter was trained."""
+    if unit.trained is None:
+        return weight
+    if unit.transposed:
+        return unit.trained.round(weight.T.contiguous()).T.contiguous()
+    return unit.trained.round(weight)
 
 
-def measure_nf4(unit: Unit, weight: Tensor, merged: Tensor, nf4: NF4Weight) -> Change:
-    """Compare a weight before, merged and in NF4; it may have been in NF4 before."""
-    same = unit.weight.nf4 is not None or unit.trained_nf4
-    stored, dense = dequantize_nf4(nf4), weight if same else rounded_to_nf4(weight, unit.nf4)
-    step = max(_PANEL // weight.shape[-1], 1)
-    parts = (tensor.view(-1, weight.shape[-1]).split(step) for tensor in
-             (weight, merged, stored, dense))  # fmt: skip
-    change = Change()
-    for before, total, after, alone in zip(*parts, strict=True):
-        change += measure(before, total.float(), after, alone)
+def measure_stored(weight: Tensor, merged: Tensor, stored: Tensor, alone: Tensor) -> Change:
+    """Compare a weight before, merged, as it is stored, and as it would be without an update."""
+    step, change = max(_PANEL // weight.shape[-1], 1), Change()
+    parts = (tensor.split(step) for tensor in (weight, merged, stored, alone))
+    for before, total, after, plain in zip(*parts, strict=True):
+        change += measure(before, total.float(), after, plain)
     return change
 
 
-def residual_of(merged: Tensor, nf4: NF4Weight, rank: int) -> Residual:
-    """Return the best update of that rank for what NF4 has lost."""
-    svd = truncated_svd(merged, min(rank, *merged.shape), minus=nf4)
+def residual_of(merged: Tensor, stored: QuantizedWeight, rank: int) -> Residual:
+    """Return the best update of that rank for what 4 bits have lost."""
+    svd = truncated_svd(merged, min(rank, *merged.shape), minus=stored)
     root = svd.S.sqrt()
     return Residual((root[:, None] * svd.Vh).contiguous(), (svd.U * root).contiguous())

@@ -17,12 +17,12 @@ from threading import local
 from typing import NamedTuple
 
 import torch
-from torch.nn.functional import pad
+from torch import Tensor
 
-from peftkern.formats.nf4 import STATE_BYTES, STATE_KEY, NF4Weight
-from peftkern.functional import quantize_nf4
+from peftkern.functional import dequantize
 from peftkern.functional.panels import full_float32, parallel
 from peftkern.tools.checkpoints.checkpoint import READ_ERRORS, CheckpointError, TensorInfo
+from peftkern.tools.checkpoints.four_bit import FourBit, state
 from peftkern.tools.checkpoints.streaming import (
     CutOff,
     Slot,
@@ -33,16 +33,16 @@ from peftkern.tools.checkpoints.streaming import (
 )
 from peftkern.tools.checkpoints.weights import Weight
 from peftkern.tools.merge.arithmetic import Buffers, Change
-from peftkern.tools.merge.plan import File, Options, Unit
+from peftkern.tools.merge.plan import Experts, File, Options, Unit
 from peftkern.tools.merge.tensors import (
     Panel,
     Residual,
-    measure_nf4,
+    measure_stored,
     merged_panel,
     merged_tensor,
     panels,
     residual_of,
-    rounded_to_nf4,
+    rounded_as_trained,
 )
 
 _RUN = 16  # panels of a job
@@ -75,9 +75,8 @@ def write_file(path: Path, file: File, options: Options, progress: Progress) -> 
         stack.callback(os.close, target)
         os.ftruncate(target, file.nbytes)
         os.pwrite(target, file.header, 0)
-        sources = {
-            info.file: _open(stack, info.file) for u in file.units for info in u.weight.infos
-        }
+        paths = {info.file for unit in file.units for info in unit.infos}
+        sources = {path: _open(stack, path) for path in paths}
         writer = _Writer(target, sources, options)
         with full_float32(), parallel(torch.device("cpu")) as run:
             for done in run(lambda job: job(), writer.jobs(file)):  # in order, and so their sums
@@ -106,7 +105,9 @@ class _Writer:
 
     def jobs(self, file: File) -> Iterator[Callable[[], _Done]]:
         for unit in file.units:
-            if unit.copied:
+            if isinstance(unit, Experts):
+                yield from (partial(self.expert, unit, e) for e in range(len(unit.experts)))
+            elif unit.copied:
                 for info, slot in zip(unit.weight.infos, unit.slots, strict=True):
                     yield partial(self.copy, unit, info, slot)
             elif unit.streamed:
@@ -141,39 +142,71 @@ class _Writer:
         return _Done(unit.name, nbytes, sum(changes, Change()) if changes else None)
 
     def whole(self, unit: Unit) -> _Done:
-        """Merge a weight in memory: one that is in NF4, or will be, or needs all its rows."""
+        """Merge a weight in memory: one that is in 4 bits, or will be, or needs all its rows."""
         with _reading(unit.weight, *READ_ERRORS):
-            weight = unit.weight.read()
-        if unit.trained_nf4:
-            turned = weight.T.contiguous() if unit.transposed else weight
-            weight = rounded_to_nf4(turned)
-            weight = weight.T.contiguous() if unit.transposed else weight
+            weight = rounded_as_trained(unit, unit.weight.read())
         merged, change = merged_tensor(unit, weight, self._buffers())
-        if unit.nf4 is None:
-            write_from(self.target, merged, unit.slots[0].offset)
-            start_writeback(self.target, unit.slots[0].offset, merged.nbytes)
+        if unit.four_bit is None:
+            self._write(unit, {unit.name: merged})
             return _Done(unit.name, unit.weight.nbytes, change)
         if unit.transposed:
             weight, merged = weight.T.contiguous(), merged.T.contiguous()
-        nf4 = quantize_nf4(merged, blocksize=unit.nf4[0], double_quant=unit.nf4[1])
-        self._write_nf4(unit, nf4)
-        change = measure_nf4(unit, weight, merged, nf4) if unit.edits else None
+        w = unit.four_bit.quantize(merged)
+        self._write(unit, state(unit.name, w))
+        if unit.edits:
+            same = unit.weight.four_bit is not None or _same_values(unit.trained, unit.four_bit)
+            alone = weight if same else unit.four_bit.round(weight)
+            change = measure_stored(weight, merged, dequantize(w), alone)
         rank = self.options.residual
-        residual = residual_of(merged, nf4, rank) if rank else None
+        residual = residual_of(merged, w, rank) if rank else None
         return _Done(unit.name, unit.weight.nbytes, change, residual)
 
-    def _write_nf4(self, unit: Unit, nf4: NF4Weight) -> None:
-        state = nf4.state_dict(unit.name.removesuffix("weight"))
+    def expert(self, unit: Experts, number: int) -> _Done:
+        """Merge the rows of one expert, of a stack that will be in 4 bits, or was in training."""
+        before, merged, nbytes = [], [], 0
+        for part in unit.experts[number]:
+            info, weight = part.weight.info, torch.empty(part.weight.shape, dtype=part.weight.dtype)
+            with _reading(part.weight, CutOff):
+                read_into(self.sources[info.file], weight, info.offset)
+            before.append(rounded_as_trained(part, weight))
+            total, change = merged_tensor(part, before[-1], self._buffers())
+            merged.append(total)
+            nbytes += info.nbytes
+        if unit.four_bit is None:
+            self._write(unit, {unit.name: total}, number)
+            return _Done(unit.name, nbytes, change)
+        weight, total = (torch.cat(rows) for rows in (before, merged))
+        if unit.stack.transposed:
+            weight, total = weight.T.contiguous(), total.T.contiguous()
+        shape, turned = (1, *unit.stack.shape[1:]), unit.stack.turned
+        stack = unit.four_bit.stack(shape, total.dtype, turned=turned)
+        stack.set_expert(0, total)
+        self._write(unit, stack.state(unit.name), number)
+        if not unit.edits:
+            return _Done(unit.name, nbytes)
+        stored, alone = stack.dequantize(0), weight
+        if not _same_values(unit.experts[number][0].trained, unit.four_bit):
+            stack.set_expert(0, weight)
+            alone = stack.dequantize(0)
+        return _Done(unit.name, nbytes, measure_stored(weight, total, stored, alone))
+
+    def _write(self, unit: Unit | Experts, tensors: dict[str, Tensor], number: int = 0) -> None:
+        """Write the tensors of a weight, or of that expert of a stack."""
         for slot in unit.slots:
-            tensor = state[slot.name]
-            if slot.name.endswith(STATE_KEY):  # JSON, in as many bytes for every weight
-                tensor = pad(tensor, (0, STATE_BYTES - len(tensor)), value=ord(" "))
-            write_from(self.target, tensor.contiguous(), slot.offset)
+            tensor = tensors[slot.name].contiguous()
+            offset = slot.offset + number * tensor.nbytes
+            write_from(self.target, tensor, offset)
+            start_writeback(self.target, offset, tensor.nbytes)
 
     def _buffers(self) -> Buffers:
         if not hasattr(self.local, "buffers"):
             self.local.buffers = Buffers()
         return self.local.buffers
+
+
+def _same_values(trained: FourBit | None, stored: FourBit) -> bool:
+    """Return whether what was in 4 bits in training has a value in those that are written."""
+    return trained is not None and trained[:2] == stored[:2]
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from peftkern.formats.nf4 import state_dict_bytes
 from peftkern.formats.table import FORMATS, NUMBERS, stored_bytes
 from peftkern.layers import mxfp4_stack, nf4_stack
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from peftkern.tools.checkpoints.four_bit import FourBit
 
 _WEIGHT_DTYPES = ("F32", "F16", "BF16")  # that can be quantized
 
@@ -42,6 +43,10 @@ class Options:
             raise CheckpointError(f"format: expected one of {tuple(NUMBERS)}, got {format!r}")
         usual = FORMATS[NUMBERS[format]].chosen_blocksize(None)
         return cls(usual if blocksize is None else blocksize, format=format, **others)
+
+    @property
+    def four_bit(self) -> FourBit:
+        return FourBit(self.format, self.blocksize, self.double_quant)
 
     def __post_init__(self) -> None:
         try:
@@ -216,7 +221,7 @@ def _linear_bytes(name: str, shape: tuple[int, ...], options: Options) -> int:
     try:
         return stored_bytes((NUMBERS[row.name], options.blocksize, 0, *shape))
     except ValueError as error:
-        raise CheckpointError(f"{name}: {error}; skip leaves it as it is") from None
+        raise CheckpointError(f"{name}: {error}; quantize --skip leaves it as it is") from None
 
 
 def _stack_unit(checkpoint: Checkpoint, name: str, stack: Stack, options: Options) -> Unit:
@@ -226,7 +231,7 @@ def _stack_unit(checkpoint: Checkpoint, name: str, stack: Stack, options: Option
         else mxfp4_stack.refusal(stack.shape, stack.turned)
     )
     if reason is not None:
-        raise CheckpointError(f"{name}: {reason}; skip leaves them as they are")
+        raise CheckpointError(f"{name}: {reason}; quantize --skip leaves them as they are")
     infos = tuple(checkpoint.tensors[source] for source in stack.sources)
     numel = math.prod(stack.shape)
     if sum(math.prod(info.shape) for info in infos) != numel or len({i.dtype for i in infos}) != 1:

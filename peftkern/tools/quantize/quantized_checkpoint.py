@@ -26,13 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftkern.formats.block_weight import QuantizedWeight
-from peftkern.formats.nf4 import STATE_BYTES, STATE_KEYS, NF4Weight
 from peftkern.functional import dequantize
-from peftkern.layers.block import block_quantized
-from peftkern.layers.mxfp4_stack import MXFP4Stack
-from peftkern.layers.nf4 import quantized
-from peftkern.layers.nf4_stack import NF4Stack
-from peftkern.tools.checkpoints import staging
+from peftkern.tools.checkpoints import four_bit, staging
 from peftkern.tools.checkpoints.checkpoint import (
     CONFIG,
     DTYPES,
@@ -314,31 +309,15 @@ def _one(
     if rewritten is not None:
         weight, error = rewritten
     elif unit.quantized:
-        w = _quantized(weight, options)
+        w = options.four_bit.quantize(weight)
         weight, error = w, _relative_error(unit.name, weight, dequantize(w))
     else:
         return dict(zip(names, kept, strict=True)), None
     if unit.quantized:
-        return _state(unit.name, weight), error
-    rows = weight.split([len(part) for part in kept])
-    return dict(zip(names, rows, strict=True)), error
-
-
-def _quantized(weight: Tensor, options: Options) -> QuantizedWeight:
-    if options.format not in STATE_KEYS:
-        return block_quantized(weight, options.format, options.blocksize)
-    how = {"blocksize": options.blocksize, "double_quant": options.double_quant}
-    return quantized(weight, quant_type=options.format, **how)
-
-
-def _state(name: str, w: QuantizedWeight) -> dict[str, Tensor]:
-    """Return the tensors of a quantized weight, as bitsandbytes or `BlockLinear` names them."""
-    state = w.state_dict(name.removesuffix("weight"))
-    if isinstance(w, NF4Weight):  # JSON, in as many bytes for every weight: shapes tell the sizes
-        key = f"{name}.{STATE_KEYS[w.quant_type]}"
-        room = STATE_BYTES - len(state[key])
-        state[key] = torch.nn.functional.pad(state[key], (0, room), value=ord(" "))
-    return {key: tensor.cpu() for key, tensor in state.items()}
+        state = four_bit.state(unit.name, weight)
+    else:
+        state = dict(zip(names, weight.split([len(part) for part in kept]), strict=True))
+    return {key: tensor.cpu() for key, tensor in state.items()}, error
 
 
 def _stacked(
@@ -346,12 +325,8 @@ def _stacked(
 ) -> tuple[dict[str, Tensor], float]:
     """Return the two tensors that a stack of experts becomes, and the largest error of one."""
     count, *shape = unit.shape
-    dtype = DTYPES[unit.infos[0].dtype]
-    how = {"dtype": dtype, "device": options.device}
-    if options.format == "nf4":
-        stack = NF4Stack.empty(unit.shape, blocksize=options.blocksize, **how)
-    else:
-        stack = MXFP4Stack.empty(unit.shape, turned=unit.turned, **how)
+    dtype, how = DTYPES[unit.infos[0].dtype], {"turned": unit.turned, "device": options.device}
+    stack = options.four_bit.stack(unit.shape, dtype, **how)
     pieces = max(len(unit.infos) // count, 1)  # of an expert
     error = 0.0
     for expert in range(count):

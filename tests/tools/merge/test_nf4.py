@@ -27,7 +27,7 @@ from peftkern.formats.nf4 import NF4Weight
 from peftkern.tools.adapters import read_adapter
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 
-GPT2 = {"family": "GPT2", "head": "LMHeadModel", "n_embd": 64, "n_layer": 1, "n_head": 4}
+GPT2 = {"family": "GPT2", "head": "LMHeadModel", "num_hidden_layers": 1}
 C = ["c_attn", "c_proj", "c_fc"]
 Q = "model.layers.0.self_attn.q_proj"
 NORM = "model.norm.weight"
@@ -212,9 +212,9 @@ def test_force_removes_the_adapters_of_the_checkpoint_before(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "quantized", "words"),
     [
-        ({"residual": 4}, False, "nothing is written in NF4"),
-        ({"residual": 4, "out": "bf16"}, True, "nothing is written in NF4"),
-        ({"as_trained": "nf4"}, True, "the base is in NF4 as it is"),
+        ({"residual": 4}, False, "nothing is written in 4 bits"),
+        ({"residual": 4, "out": "bf16"}, True, "nothing is written in 4 bits"),
+        ({"as_trained": "nf4"}, True, "the base is in nf4 as it is"),
     ],
 )
 def test_options_that_do_not_fit(tmp_path: Path, options, quantized, words) -> None:

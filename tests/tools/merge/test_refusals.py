@@ -199,12 +199,14 @@ def test_convolution_with_groups(tmp_path: Path) -> None:
         ("fp8", "got quant_method 'fp8'"),
         (
             {"quant_method": "bitsandbytes", "load_in_8bit": True},
-            "expected dense weights or NF4 of bitsandbytes, got load_in_4bit None",
+            "expected dense weights, NF4 or FP4 of bitsandbytes, or layers of peftkern's "
+            "BlockLinearConfig, got load_in_4bit None",
         ),
         (
-            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
-            "got bnb_4bit_quant_type 'fp4'",
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
+            "got bnb_4bit_quant_type 'int4'",
         ),
+        ({"quant_method": "peftkern_blocks", "format": "nf4"}, "config: format: expected one of"),
     ],
 )
 def test_base_that_is_quantized_otherwise(tmp_path: Path, config: Any, words: str) -> None:
@@ -238,7 +240,7 @@ def test_pickles(tmp_path: Path) -> None:
     refused("pickles", base, adapter)
 
 
-@pytest.mark.parametrize("options", [{"out": "int8"}, {"as_trained": "fp4"}, {"residual": -1}])
+@pytest.mark.parametrize("options", [{"out": "int8"}, {"as_trained": "int8"}, {"residual": -1}])
 def test_options_that_there_are_not(tmp_path: Path, options: dict[str, Any]) -> None:
     refused(f"^{next(iter(options))}: expected", *folders(tmp_path), **options)
 

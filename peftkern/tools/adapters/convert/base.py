@@ -103,10 +103,11 @@ class Weights:
 
     def __init__(self, base: str | os.PathLike, adapter: Adapter) -> None:
         try:
-            self._tensors = read_checkpoint(base).tensors
+            self._checkpoint = read_checkpoint(base)
         except CheckpointError as error:
             raise AdapterError(str(error)) from None
-        self._transposed = bool(adapter.config.get("fan_in_fan_out"))
+        self._tensors = self._checkpoint.tensors
+        self._fan_in_fan_out = bool(adapter.config.get("fan_in_fan_out"))
         self._tables = adapter.extras
         self._base = base
 
@@ -120,14 +121,31 @@ class Weights:
             weight = self._read(self._tensors[name])
         weight = weight.flatten(1) if update.kind == "conv" else weight
         square = weight.ndim == 2 and weight.shape[0] == weight.shape[1]
-        turned = self._transposed if square else tuple(weight.shape) == update.size[::-1]
-        weight = weight.T if turned or (square and update.kind == "embedding") else weight
+        turned = tuple(weight.shape) == update.size[::-1]
+        if square:
+            turned = update.kind == "embedding" or self._is_conv1d(update.module)
+        weight = weight.T if turned else weight
         if tuple(weight.shape) != update.size or not weight.is_floating_point():
             raise AdapterError(
                 f"{self._base}: {name}: expected floating point {list(update.size)}, "
                 f"got {weight.dtype} {list(weight.shape)}"
             )
         return weight
+
+    def _is_conv1d(self, module: str) -> bool:
+        """Return whether a layer keeps its weight as [n, m], which no shape tells of a square one.
+
+        The config says so of an adapter over the dense model, but not of one over the model in 4
+        bits, whose layers are not Conv1D; and alone where transformers does not know the base.
+        """
+        from transformers.pytorch_utils import Conv1D
+
+        from peftkern.tools.checkpoints.architecture import meta_model
+
+        try:
+            return isinstance(meta_model(self._checkpoint).get_submodule(module), Conv1D)
+        except (CheckpointError, AttributeError):
+            return self._fan_in_fan_out
 
     def _read(self, info: TensorInfo) -> Tensor:
         try:

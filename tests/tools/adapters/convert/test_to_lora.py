@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import CASES, Tiny, delta, deltas, make, save, weights
+from merged_folders import make_model, save_adapter, save_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -218,3 +219,19 @@ def test_a_base_that_is_another(dora):
         refused(folder / "a", name, word, base=folder / "base")
     save_file({key: one for key, one in state.items() if key != name}, file)
     refused(folder / "a", name, "expected it in the base", base=folder / "base")
+
+
+def test_square_weights_of_conv1d_are_turned_whatever_the_config_says(tmp_path):
+    """An adapter of the model in 4 bits has no fan_in_fan_out: its layers are not Conv1D there."""
+    model = make_model(family="GPT2", head="LMHeadModel", dtype=torch.float32, num_hidden_layers=1)
+    save_base(tmp_path / "base", model)
+    save_adapter(tmp_path / "a", model, target_modules=["attn.c_proj"], use_dora=True)
+    path, converted = tmp_path / "a" / CONFIG, []
+    for turned in (True, False):
+        config = json.loads(path.read_text())
+        assert config["fan_in_fan_out"] is True or not turned
+        path.write_text(json.dumps({**config, "fan_in_fan_out": turned}))
+        convert_adapter(tmp_path / "a", tmp_path / f"{turned}", "lora", base=tmp_path / "base")
+        (update,) = read_adapter(tmp_path / f"{turned}").updates.values()
+        converted.append(update.lora_B @ update.lora_A * update.scaling)
+    torch.testing.assert_close(*converted)
