@@ -93,7 +93,7 @@ def build_loftq(options: Options) -> Case:
     r, weight = rank_of(options), weight_of(options)
 
     def ours(i: int) -> tuple[Factors, NF4Weight]:
-        return loftq(weight, r, SCALING, PLAIN, steps=STEPS)
+        return loftq([weight], r, SCALING, PLAIN, steps=STEPS)[0]
 
     def exact(i: int) -> tuple[Factors, NF4Weight]:
         update = torch.zeros_like(weight)

@@ -69,8 +69,8 @@ def init(
 
     DST is a new base with the adapter in its folder "adapter"; together they compute what BASE
     does. pissa and olora write a dense base, qpissa and loftq one in NF4, all four a tensor at a
-    time; a stopped run resumes when it is repeated. corda, eva and lora_ga load the model and run
-    the texts through it.
+    time; a stopped run resumes when it is repeated. They start experts, too, if these are named:
+    --target experts.down_proj. corda, eva and lora_ga load the model and run the texts through it.
 
     Load: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DST), DST + "/adapter",
     is_trainable=True).
@@ -135,6 +135,7 @@ def _show(report: InitReport, destination: Path) -> None:
     rows = table("layer", "shape", "rank", "energy kept", "error", "excess", whole=1)
     for layer in report.layers:
         shape = "x".join(map(str, layer.shape))
+        shape = shape if layer.matrices == 1 else f"{layer.matrices} of {shape}"
         bound = _number(layer.certificate)
         row = (layer.name, shape, str(layer.rank), f"{layer.energy:.1%}", _number(layer.error))
         rows.add_row(*row, bound)

@@ -117,7 +117,7 @@ class ExpertStack(Tensor):
         """
         raise NotImplementedError
 
-    def _quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantized(self, weight: Tensor) -> QuantizedWeight:
         """Quantize the matrix of one expert as it is stored."""
         raise NotImplementedError
 
@@ -177,14 +177,25 @@ class ExpertStack(Tensor):
         dense = dequantize(self.weight_of(self, packed, scale, sizes), self.dtype)
         return dense.transpose(-1, -2) if self.turned else dense
 
+    def expert(self, expert: int) -> QuantizedWeight:
+        """Return one expert's matrix as it is stored; it shares its memory with the stack."""
+        packed, scale = self.parts
+        matrix = self.shape[:0:-1] if self.turned else self.shape[1:]
+        return self.weight_of(self, packed[expert], scale[expert], _sizes(matrix))
+
+    @torch.no_grad()
+    def put_expert(self, expert: int, w: QuantizedWeight) -> None:
+        """Copy a matrix as it is stored, in this format, into the place of one expert's."""
+        for part, new in zip(self.parts, w.tensors, strict=True):
+            part[expert].copy_(new)
+
     @torch.no_grad()
     def set_expert(self, expert: int, weight: Tensor) -> None:
         """Quantize one expert's weight [N, K] into its place."""
         if weight.shape != self.shape[1:]:
             raise ArgumentError(f"weight: expected {self.shape[1:]}, got {tuple(weight.shape)}")
         made = self._quantized(weight.t().contiguous() if self.turned else weight)
-        for part, new in zip(self.parts, made, strict=True):
-            part[expert].copy_(new)
+        self.put_expert(expert, made)
 
     def share_memory_(self) -> ExpertStack:
         """Move both parts to memory that processes share, as of a tensor with a storage."""

@@ -108,10 +108,9 @@ class MXFP4Stack(ExpertStack):
         parts = packed.reshape(-1), scale.reshape(-1)
         return BlockWeight(MXFP4.name, *parts, shape, float_dtype(stack), BLOCKSIZE)
 
-    def _quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantized(self, weight: Tensor) -> BlockWeight:
         with torch.inference_mode(False), torch.no_grad():
-            w = quantize_mxfp4(weight.detach())
-        return w.packed, w.scale
+            return quantize_mxfp4(weight.detach())
 
     def state(self, name: str) -> dict[str, Tensor]:
         """Return the entries of gpt-oss's checkpoints."""

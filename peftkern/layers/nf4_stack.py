@@ -94,9 +94,8 @@ class NF4Stack(ExpertStack):
         parts = packed.reshape(-1), scale.reshape(-1)
         return NF4Weight(*parts, shape, int(blocksize), float_dtype(stack))
 
-    def _quantized(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        w = quantized(weight, blocksize=self.blocksize, double_quant=False)
-        return w.packed, w.absmax
+    def _quantized(self, weight: Tensor) -> NF4Weight:
+        return quantized(weight, blocksize=self.blocksize, double_quant=False)
 
     def state(self, name: str) -> dict[str, Tensor]:
         return {name: self._packed, absmax_name(name): self._absmax}

@@ -78,7 +78,7 @@ def test_base_and_adapter_compute_what_the_source_does(source, tmp_path, capsys,
     assert (changed - expected).norm() > 1e-2 * expected.norm()
     name = "model.layers.1.mlp.up_proj.weight"
     if method == "pissa":
-        factors = pissa(load_tensors(source)[name], 4, 3.0)
+        (factors,) = pissa([load_tensors(source)[name]], 4, 3.0)
         saved = load_tensors(destination / "adapter")
         key = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
         torch.testing.assert_close(saved[key], factors.lora_B)

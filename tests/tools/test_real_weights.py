@@ -65,7 +65,7 @@ def test_loftq_halves_no_error_but_an_eighth_of_it(weights):
     """|W - NF4(W)| is 9.4% of |W|; five steps of rank 16 leave 8.2%."""
     weight = weights["encoder.layer.3.intermediate.dense.weight"]
     plain = weight - dequantize_nf4(quantize_nf4(weight), torch.float32)
-    factors, base = loftq(weight, 16, 1.0, Storage(64, False, torch.float32))
+    ((factors, base),) = loftq([weight], 16, 1.0, Storage(64, False, torch.float32))
     left = weight - dequantize_nf4(base, torch.float32) - factors.lora_B @ factors.lora_A
     assert relative(plain, weight) == pytest.approx(0.0938, rel=0.02)
     assert relative(left, weight) == pytest.approx(0.0819, rel=0.02)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -21,8 +22,10 @@ from peftkern.functional import dequantize
 from peftkern.functional.arguments import WEIGHT_DTYPES, check_dense, mismatch
 from peftkern.functional.truncated_svd import Weight
 from peftkern.integrations.peft.serve import BNB_TYPES
+from peftkern.layers.expert_stack import ExpertStack
 from peftkern.layers.quantized_linear import QuantizedLinear
 from peftkern.methods.initialization.factors import Factors, subtract_update_
+from peftkern.methods.initialization.from_weights import groups
 from peftkern.methods.initialization.loftq import Storage, quantize_residual, relative_error
 from peftkern.methods.initialization.report import LayerStart
 from peftkern.methods.initialization.statistics import named
@@ -30,23 +33,43 @@ from peftkern.methods.initialization.statistics import named
 
 @dataclass(frozen=True)
 class Layer:
-    """Adapter on a linear layer.
+    """Adapter on a stack of matrices [m, n]: one of a linear layer, or those of all experts.
 
-    name: in the base model. weight [m, n]: what the method starts from; a view of the base's own,
-    or for a base in 4 bits what it was quantized from, if that is known. storage: how a base in 4
-    bits is quantized; None for a dense one. asked: rank that `set_rank` is to give it.
+    name: in the base model; of experts, that of their parameter. matrices: what the method starts
+    from; views of the base's own, or for a base in 4 bits what it was quantized from, if that is
+    known. turned: they are [n, m], as experts in 4 bits are kept where others see them so. storage:
+    how a base in 4 bits is quantized; None for a dense one. asked: rank that `set_rank` is to give
+    it.
     """
 
     name: str
     module: LoraLayer
     adapter_name: str
-    weight: Weight
+    matrices: Sequence[Weight] | Tensor
     storage: Storage | None
+    turned: bool = False
     asked: int | None = None
 
     @property
     def base(self) -> nn.Module:
         return self.module.get_base_layer()
+
+    @property
+    def weight(self) -> Weight:
+        """Weight of a linear layer."""
+        return self.matrix(0)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        sizes = tuple(self.matrices[0].shape)
+        return sizes[::-1] if self.turned else sizes
+
+    def matrix(self, index: int) -> Weight:
+        return self.matrices[index].to(parameter_of(self.module).device)
+
+    def groups(self) -> Iterator[range]:
+        """Yield the indices of the matrices that are worked on at once."""
+        return groups(len(self.matrices), self.shape)
 
     @property
     def rank(self) -> int:
@@ -59,38 +82,58 @@ class Layer:
         alpha, rank = self.module.lora_alpha[self.adapter_name], self.asked
         return alpha / (math.sqrt(rank) if self.module.use_rslora[self.adapter_name] else rank)
 
-    def take(self, factors: Factors) -> LayerStart:
-        """Write factors, and to the base what they leave of the weight."""
-        factors = self.write(factors)
-        if self.storage is None:
-            error = subtract_update_(self.weight, factors.lora_A, factors.lora_B, self.scaling)
-        else:
-            base = quantize_residual(self.weight, factors, self.scaling, self.storage)
-            error = relative_error(self.weight, base, factors, self.scaling)
-            _set_quantized(self.base, base)
-        return self._started(factors, error)
+    def take(self, index: int, factors: Factors, base: QuantizedWeight | None = None) -> LayerStart:
+        """Write the factors of a matrix, and to the base what they leave of it.
 
-    def take_quantized(self, factors: Factors, base: QuantizedWeight) -> LayerStart:
-        """Write factors, and a base that is quantized already: dense, if the layer's own is."""
-        factors = self.write(factors)
-        error = relative_error(self.weight, base, factors, self.scaling)
-        if self.storage is None:
-            self.weight.copy_(dequantize(base, self.weight.dtype))
+        Args: base: that in 4 bits, if it is there already; dense, if the layer's own is.
+        """
+        weight, factors = self.matrix(index), self.write(factors, index)
+        if base is None and self.storage is None:
+            error = subtract_update_(weight, factors.lora_A, factors.lora_B, self.scaling)
         else:
-            _set_quantized(self.base, base)
-        return self._started(factors, error)
+            if base is None:
+                base = quantize_residual(weight, factors, self.scaling, self.storage)
+            error = relative_error(weight, base, factors, self.scaling)
+            if self.storage is None:
+                weight.copy_(dequantize(base, weight.dtype))
+            elif isinstance(self.module, ParamWrapper):
+                self.module.get_param().put_expert(index, base)
+            else:
+                _set_quantized(self.base, base)
+        start = LayerStart.of(self.name, factors, self.scaling, error)
+        return replace(start, shape=self.shape)
 
-    def write(self, factors: Factors) -> Factors:
-        """Write factors; return them as they are in the adapter's dtype."""
-        lora_A = self.module.lora_A[self.adapter_name].weight.data.copy_(factors.lora_A)
-        lora_B = self.module.lora_B[self.adapter_name].weight.data.copy_(factors.lora_B)
+    def write(self, factors: Factors, index: int = 0) -> Factors:
+        """Write the factors of a matrix; return them as they are in the adapter's dtype.
+
+        PEFT's lora_A [E * r, n] has those of one expert after another, and column j * E + e of its
+        lora_B [m, r * E] is column j of expert e's.
+        """
+        count = len(self.matrices)
+        all_A, all_B = (
+            side[self.adapter_name].weight.data for side in (self.module.lora_A, self.module.lora_B)
+        )
+        place = Factors(
+            all_A.unflatten(0, (count, -1))[index], all_B.unflatten(1, (-1, count))[..., index], 0.0
+        )
+        lora_A, lora_B, *_ = place.T if self.turned else place
+        lora_A.copy_(factors.lora_A)
+        lora_B.copy_(factors.lora_B)
         return factors._replace(lora_A=lora_A.float(), lora_B=lora_B.float())
 
-    def _started(self, factors: Factors, error: float) -> LayerStart:
+    def complete(self, starts: Sequence[LayerStart]) -> LayerStart:
+        """Return the start of the layer, all of whose matrices have been started."""
         variant = self.module.lora_variant.get(self.adapter_name)
         if variant is not None:  # DoRA: magnitudes of the weight that the factors are part of
             variant.init(self.module, adapter_name=self.adapter_name)
-        return LayerStart.of(self.name, factors, self.scaling, error)
+        return LayerStart.of_stack(starts)
+
+
+def parameter_of(module: LoraLayer) -> Tensor:
+    """Return the parameter that an adapter is on."""
+    if isinstance(module, ParamWrapper):
+        return module.get_param()
+    return module.get_base_layer().weight
 
 
 def find_layers(
@@ -108,10 +151,11 @@ def find_layers(
     for full_name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter_name not in module.r:
             continue
-        name = full_name.removeprefix(PREFIX)
+        path = full_name.removeprefix(PREFIX)
+        name = _name(path, module)
         reason = _refusal(module, adapter_name)
-        tied = [] if reason else [n for n in users[id(module.get_base_layer().weight)]
-                                  if not n.startswith(f"{name}.")]  # fmt: skip
+        tied = [] if reason else [n for n in users[id(parameter_of(module))]
+                                  if not n.startswith(f"{path}.")]  # fmt: skip
         if tied and not keeps_base:
             reason = f"its weight is {tied[0]}, too, which would change with it"
         if reason:
@@ -121,47 +165,87 @@ def find_layers(
                 layers.append(_layer(name, module, adapter_name, weights))
     if not layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
-        raise ValueError(f"model: expected linear layers with an adapter {adapter_name!r}, "
-                         f"got {why or 'none'}")  # fmt: skip
-    unused = sorted(set(weights) - {f"{layer.name}.weight" for layer in layers if layer.storage})
+        raise ValueError(f"model: expected linear layers or experts with an adapter "
+                         f"{adapter_name!r}, got {why or 'none'}")  # fmt: skip
+    used = {_parameter_name(la.name, la.module) for la in layers if la.storage}
+    unused = sorted(set(weights) - used)
     if weights and len(unused) == len(weights):
         raise ValueError(f"weights: expected those of layers in 4 bits, got {unused[:3]}")
     return layers, skipped
 
 
+def _name(path: str, module: LoraLayer) -> str:
+    """Return the name of what an adapter is on; wrappers of one module are around each other."""
+    if not isinstance(module, ParamWrapper):
+        return path
+    owner = re.sub(r"(\.base_layer)+$", "", path)
+    return f"{owner}.{module.parameter_name}"
+
+
+def _parameter_name(name: str, module: LoraLayer) -> str:
+    return name if isinstance(module, ParamWrapper) else f"{name}.weight"
+
+
 def _refusal(module: LoraLayer, adapter_name: str) -> str | None:
     """Return why an adapter cannot be started, or None."""
-    base = module.get_base_layer()
-    if adapter_name not in module.lora_A or not isinstance(base, (nn.Linear, Conv1D)):
+    base, wraps = module.get_base_layer(), isinstance(module, ParamWrapper)
+    linear = isinstance(base, (nn.Linear, Conv1D))
+    if adapter_name not in module.lora_A or not (wraps or linear):
         return f"{type(base).__name__}, expected a linear layer"
     if module.merged:
         return "its adapters are merged"
     if adapter_name in module.lora_variant and not module.use_dora[adapter_name]:
         return f"{type(module.lora_variant[adapter_name]).__name__} has factors of its own"
-    weight = base.weight
+    weight = parameter_of(module)
     if weight.is_meta or module.lora_A[adapter_name].weight.is_meta:
         return "it has no values yet, it is on the meta device"
-    plain = type(weight.data) is Tensor and weight.dtype in WEIGHT_DTYPES and weight.dim() == 2
-    if not plain and not isinstance(base, (*BNB_TYPES, QuantizedLinear)):
+    plain = type(weight.data) is Tensor and weight.dtype in WEIGHT_DTYPES
+    plain = plain and weight.dim() in ((2, 3) if wraps else (2,))
+    quantized = isinstance(weight, ExpertStack) if wraps else _is_quantized(base)
+    if not plain and not quantized:
         return f"a weight in another format, {type(weight.data).__name__} of {weight.dtype}"
+    if weight.dim() == 3 and len(weight) == 1 and _is_transposed(module):
+        return "there is one expert, whose update PEFT does not transpose"
     return None
 
 
+def _is_quantized(base: nn.Module) -> bool:
+    return isinstance(base, (*BNB_TYPES, QuantizedLinear))
+
+
+def _is_transposed(module: LoraLayer) -> bool:
+    """Return whether others see the weight as [n, m], or each expert's."""
+    if isinstance(module, ParamWrapper):
+        swapped = getattr(module, "_did_swap_in_out_features", False)  # PEFT's flag of [E, m, n]
+        return module.get_param().dim() == 3 and not swapped
+    return module.fan_in_fan_out
+
+
 def _layer(name: str, module: LoraLayer, adapter_name: str, weights: Mapping[str, Tensor]) -> Layer:
-    base = module.get_base_layer()
-    if not isinstance(base, (*BNB_TYPES, QuantizedLinear)):
-        weight = base.weight.data
-        weight = weight.T if module.fan_in_fan_out else weight
-        return Layer(name, module, adapter_name, weight, None)
+    weight, transposed, turned = parameter_of(module), _is_transposed(module), False
+    if isinstance(weight, ExpertStack):
+        matrices = [weight.expert(index) for index in range(len(weight))]
+        shape, turned = tuple(weight.shape), transposed != weight.turned
+    elif not isinstance(module, ParamWrapper) and _is_quantized(module.get_base_layer()):
+        matrices = [_quantized_weight(module.get_base_layer())]
+        shape = matrices[0].shape
+    else:
+        matrices = weight.data if weight.dim() == 3 else weight.data[None]
+        return Layer(name, module, adapter_name, matrices.mT if transposed else matrices, None)
+    storage = Storage.of(matrices[0])
+    given = weights.get(_parameter_name(name, module))
+    if given is not None:
+        check_dense("weights", given)
+        if given.shape != shape:
+            raise mismatch("weights", f"a tensor of shape {list(shape)}", given)
+        given = given.detach() if given.dim() == 3 else given.detach()[None]
+        matrices = given.mT if getattr(weight, "turned", False) else given
+    return Layer(name, module, adapter_name, matrices, storage, turned)
+
+
+def _quantized_weight(base: nn.Module) -> QuantizedWeight:
     own = isinstance(base, QuantizedLinear)
-    w = base.quantized_weight if own else NF4Weight.from_bitsandbytes(base.weight)
-    weight = weights.get(f"{name}.weight", w)
-    if weight is not w:
-        check_dense("weights", weight)
-        if weight.shape != w.shape:
-            raise mismatch("weights", f"a tensor of shape {list(w.shape)}", weight)
-        weight = weight.detach().to(w.device)
-    return Layer(name, module, adapter_name, weight, Storage.of(w))
+    return base.quantized_weight if own else NF4Weight.from_bitsandbytes(base.weight)
 
 
 def _set_quantized(base: nn.Module, w: QuantizedWeight) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
 from peft.tuners.lora import EvaConfig, LoraGAConfig
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from peftkern.formats.block_weight import QuantizedWeight
@@ -28,19 +29,16 @@ from peftkern.methods.initialization.factors import (
     check_finite,
     check_rank,
     check_scaling,
-    olora,
-    pissa,
 )
-from peftkern.methods.initialization.loftq import Storage, loftq, qpissa
+from peftkern.methods.initialization.from_weights import FROM_WEIGHTS, STEPS, from_weights
+from peftkern.methods.initialization.loftq import Storage
 from peftkern.methods.initialization.report import InitReport, LayerStart
 from peftkern.methods.initialization.statistics import named
 
 __all__ = ["initialize_"]
 
 FROM_DATA = ("corda", "eva", "lora_ga")
-QUANTIZED = ("qpissa", "loftq")
-METHODS = ("pissa", "olora", *QUANTIZED, *FROM_DATA)
-STEPS = 5  # of LoftQ
+METHODS = (*FROM_WEIGHTS, *FROM_DATA)
 PLAIN = Storage(double_quant=False)  # of a base that stays dense, as in PEFT's LoftQ
 
 
@@ -68,12 +66,14 @@ def initialize_(
     Before `peftkern.patch` and before the optimizer is made. A layer's base becomes weight -
     scaling * B A, so that the model computes what it did; of "eva" it stays, and B is zero. One
     layer is worked on at a time, by panels of rows; only "corda" and "lora_ga" hold a dense matrix.
+    Fused experts with adapters by `target_parameters` start by the first four methods, each expert
+    for itself, a few at a time.
 
     The adapter belongs to that changed base. Saved as usual (init_lora_weights is True
     afterwards, so that loading does not start it once more), it loads in any PEFT on the base
     saved beside it, `model.unload().save_pretrained(...)`; or PEFT converts it to an adapter of
     twice the rank for the original one: `save_pretrained(..., path_initial_model_for_weight_
-    conversion=...)` with the adapter as it was before training.
+    conversion=...)` with the adapter as it was before training, which mixes up those of experts.
 
     Args:
         model: of PEFT's; or a plain one with `lora_config`, which `get_peft_model` takes first:
@@ -88,16 +88,16 @@ def initialize_(
             a mapping, as positions if it is a tuple or a list, else as the only argument.
         loss: of (model, batch) for "lora_ga", by default the loss that the model returns.
         weights: {name of a base parameter: its dense weight}, for a base in 4 bits: what its
-            layers were quantized from. "loftq" needs them there.
+            layers were quantized from, of experts as the model has them. "loftq" needs them there.
         steps: of "loftq", by default those of loftq_config, or 5.
         seed: of what is drawn at random.
         statistics_bytes: memory for the covariances of "corda" or gradients of "lora_ga"; the
             batches are run once for each group of layers that fits into it.
 
-    A base in 4 bits (of bitsandbytes, `NF4Linear`, `BlockLinear`) is quantized anew, in its format,
-    by every method but "eva". Layers that a method has no use for
-    (embeddings, convolutions, experts, weights that are tied to another layer's) stay as they
-    are, and so do those that get no gradient for "lora_ga"; the report names them.
+    A base in 4 bits (of bitsandbytes, `NF4Linear`, `BlockLinear`; experts in NF4 or MXFP4) is
+    quantized anew, in its format, by every method but "eva". Layers that a method has no use for
+    (embeddings, convolutions, weights that are tied to another layer's) stay as they are, and so do
+    those that get no gradient for "lora_ga"; the report names them.
 
     Returns: the report; `print` shows it in one line.
     Raises: TypeError or ValueError naming the argument, or the layer; nothing has changed then. Nor
@@ -115,6 +115,7 @@ def initialize_(
             found, skipped = find_layers(
                 model, adapter_name, weights or {}, keeps_base=method == "eva"
             )
+            _check_experts(method, found)
             layers = [replace(layer, asked=rank) for layer in found]
             _check_layers(method, layers, iterations)
             runs = DataRuns(model, batches, loss, statistics_bytes, options)
@@ -127,10 +128,11 @@ def initialize_(
             return InitReport(method, started, {**skipped, **dropped}, model)
         if method == "lora_ga":
             layers = _reached(layers, factors, skipped)
-        started = tuple(
-            _start(layer, method, factors, iterations, options)
-            for layer in with_progress(layers, f"{method}: layers")
-        )
+        steps_left = [(layer, group) for layer in layers for group in layer.groups()]
+        starts: dict[str, list[LayerStart]] = {layer.name: [] for layer in layers}
+        for layer, group in with_progress(steps_left, f"{method}: {len(layers)} layers"):
+            starts[layer.name] += _start(layer, group, method, factors, iterations, options)
+        started = tuple(layer.complete(starts[layer.name]) for layer in layers)
     config.init_lora_weights = True
     return InitReport(method, started, skipped, model)
 
@@ -176,26 +178,22 @@ def with_adapters(
 
 def _start(
     layer: Layer,
+    group: Sequence[int],
     method: str,
     factors: Mapping[str, Factors],
     iterations: int,
     options: dict[str, Any],
-) -> LayerStart:
-    """Start one layer, from its weight or with the factors found from data."""
-    weight, rank, scaling = layer.weight, layer.rank, layer.scaling
-    with named(layer.name), torch.autocast(weight.device.type, enabled=False):
-        if method in QUANTIZED:
+) -> list[LayerStart]:
+    """Start some matrices of a layer, from their weights or with the factors found from data."""
+    weights = [layer.matrix(index) for index in group]
+    with named(layer.name), torch.autocast(weights[0].device.type, enabled=False):
+        if method in FROM_WEIGHTS:
+            how = {"steps": iterations, "turned": layer.turned, **options}
             storage = layer.storage or PLAIN
-            if method == "loftq":
-                pair = loftq(weight, rank, scaling, storage, steps=iterations, **options)
-            else:
-                pair = qpissa(weight, rank, scaling, storage, **options)
-            return layer.take_quantized(*pair)
-        if method == "olora":
-            return layer.take(olora(weight, rank))
-        if method == "pissa":
-            return layer.take(pissa(weight, rank, scaling, **options))
-        return layer.take(factors[layer.name])
+            made = from_weights(method, weights, layer.rank, layer.scaling, storage, **how)
+        else:
+            made = [(factors[layer.name], None)]
+        return [layer.take(index, *one) for index, one in zip(group, made, strict=True)]
 
 
 def _from_data(
@@ -257,14 +255,25 @@ def _check_model(model: Any, method: str, given: Any, adapter_name: str) -> None
         raise mismatch("corda_method", "'ipm'", corda.corda_method)
 
 
+def _check_experts(method: str, layers: list[Layer]) -> None:
+    """Raise ValueError for adapters of parameters, unless the method starts from weights alone."""
+    names = [layer.name for layer in layers if isinstance(layer.module, ParamWrapper)]
+    if names and method not in FROM_WEIGHTS:
+        expected = f"one of {FROM_WEIGHTS} for target_parameters ({names[0]})"
+        raise mismatch("method", expected, method)
+
+
 def _check_layers(method: str, layers: list[Layer], iterations: Any) -> None:
     """Raise ValueError for a layer that the method cannot start, or a config's loftq_iter."""
     if method == "loftq" and (type(iterations) is not int or iterations < 1):
         raise mismatch("loftq_iter", "an integer of at least 1", iterations)
     for layer in layers:
         with named(layer.name):
-            check_rank(layer.rank, layer.weight.shape, half=method == "lora_ga")
+            check_rank(layer.rank, layer.shape, half=method == "lora_ga")
             check_scaling(layer.scaling)
-            if method == "loftq" and layer.storage and isinstance(layer.weight, QuantizedWeight):
+            known = not isinstance(layer.matrices[0], QuantizedWeight)
+            if method == "loftq" and not known:
                 raise ValueError("weights: expected what the base in 4 bits was quantized from")
-            check_finite(layer.weight)
+        for index in range(len(layer.matrices)):
+            with named(layer.name if len(layer.matrices) == 1 else f"{layer.name}[{index}]"):
+                check_finite(layer.matrix(index))

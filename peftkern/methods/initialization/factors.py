@@ -7,7 +7,7 @@ panels of rows in float32 and with one rounding to the weight's dtype.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,11 @@ class Factors(NamedTuple):
     excess: float | None = None
     certificate: float | None = None
 
+    @property
+    def T(self) -> Factors:
+        """Factors of the transpose of the update."""
+        return self._replace(lora_A=self.lora_B.T, lora_B=self.lora_A.T)
+
 
 def check_rank(rank: Any, shape: tuple[int, ...], *, half: bool = False) -> None:
     """Raise ValueError unless a weight of this shape has that many directions, or twice as many."""
@@ -62,6 +67,15 @@ def _finite(squares: float) -> float:
     return squares
 
 
+def decompose(weights: Sequence[Weight], rank: int, **options: Any) -> list[TruncatedSVD]:
+    """Decompose matrices together; options are those of `truncated_svd`."""
+    svd = truncated_svd(list(weights), rank, **options)
+    return [
+        TruncatedSVD(*(None if part is None else part[i] for part in svd))
+        for i in range(len(weights))
+    ]
+
+
 def balanced(svd: TruncatedSVD, scaling: float) -> Factors:
     """Split U S Vh = scaling * lora_B @ lora_A evenly: sqrt(S / scaling) on either side."""
     root = (svd.S / scaling).sqrt()
@@ -76,15 +90,15 @@ def quality(svd: TruncatedSVD) -> tuple[float, float | None, float | None]:
     return energy, float(svd.excess), certificate
 
 
-def pissa(weight: Weight, rank: int, scaling: float, **options: Any) -> Factors:
-    """Take the `rank` largest singular triplets of a weight [m, n] for the update.
+def pissa(weights: Sequence[Weight], rank: int, scaling: float, **options: Any) -> list[Factors]:
+    """Take the `rank` largest singular triplets of weights [m, n] for the update of each.
 
     Args: options, of `truncated_svd`: tol, certify, seed.
     Source: Meng et al. 2024, arXiv:2404.02948
     """
-    check_rank(rank, weight.shape)
+    check_rank(rank, weights[0].shape)
     check_scaling(scaling)
-    return balanced(truncated_svd(weight, rank, **options), scaling)
+    return [balanced(svd, scaling) for svd in decompose(weights, rank, **options)]
 
 
 def olora(weight: Weight, rank: int) -> Factors:

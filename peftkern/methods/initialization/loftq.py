@@ -9,7 +9,7 @@ Neither W - Q nor W - s B A is ever dense: both are made by panels of rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,12 +31,13 @@ from peftkern.functional import (
 from peftkern.functional.arguments import mismatch
 from peftkern.functional.nf4 import nest_absmax
 from peftkern.functional.panels import Panels
-from peftkern.functional.truncated_svd import Weight, truncated_svd
+from peftkern.functional.truncated_svd import Weight
 from peftkern.methods.initialization.factors import (
     Factors,
     balanced,
     check_rank,
     check_scaling,
+    decompose,
     pissa,
     squared_norm,
 )
@@ -67,19 +68,22 @@ class Storage:
 
 
 def qpissa(
-    weight: Weight, rank: int, scaling: float, storage: Storage, **options: Any
-) -> tuple[Factors, QuantizedWeight]:
-    """Take the largest singular triplets of a weight for the update, quantize what they leave.
+    weights: Sequence[Weight], rank: int, scaling: float, storage: Storage, **options: Any
+) -> list[tuple[Factors, QuantizedWeight]]:
+    """Take the largest singular triplets of weights for the updates, quantize what they leave.
 
     Args: options, of `truncated_svd`: tol, certify, seed.
     Source: Meng et al. 2024, arXiv:2404.02948
     """
-    factors = pissa(weight, rank, scaling, **options)
-    return factors, quantize_residual(weight, factors, scaling, storage)
+    found = pissa(weights, rank, scaling, **options)
+    return [
+        (factors, quantize_residual(weight, factors, scaling, storage))
+        for weight, factors in zip(weights, found, strict=True)
+    ]
 
 
 def loftq(
-    weight: Weight,
+    weights: Sequence[Weight],
     rank: int,
     scaling: float,
     storage: Storage,
@@ -87,8 +91,8 @@ def loftq(
     steps: int = 5,
     sweeps: int | None = LOFTQ_SWEEPS,
     **options: Any,
-) -> tuple[Factors, QuantizedWeight]:
-    """Make a 4-bit base and an update that together are close to a weight, by alternating.
+) -> list[tuple[Factors, QuantizedWeight]]:
+    """Make 4-bit bases and updates that together are close to weights [m, n], by alternating.
 
     Both factors are divided by sqrt(scaling), so that the update is what the steps found.
 
@@ -96,17 +100,21 @@ def loftq(
         its tol decides.
     Source: Li et al. 2023, arXiv:2310.08659
     """
-    check_rank(rank, weight.shape)
+    check_rank(rank, weights[0].shape)
     check_scaling(scaling)
     if type(steps) is not int or steps < 1:
         raise mismatch("steps", "an integer of at least 1", steps)
-    factors, certify = None, options.pop("certify", False)
+    certify = options.pop("certify", False)
+    factors: list[Factors | None] = [None] * len(weights)
     for step in range(1, steps + 1):
-        base = quantize_residual(weight, factors, scaling, storage)
-        bound = {"certify": certify and step == steps}
-        svd = truncated_svd(weight, rank, minus=base, sweeps=sweeps, **bound, **options)
-        factors = balanced(svd, scaling)
-    return factors, base
+        bases = [
+            quantize_residual(weight, before, scaling, storage)
+            for weight, before in zip(weights, factors, strict=True)
+        ]
+        how = {"sweeps": sweeps, "certify": certify and step == steps, **options}
+        found = decompose(weights, rank, minus=bases, **how)
+        factors = [balanced(svd, scaling) for svd in found]
+    return list(zip(factors, bases, strict=True))
 
 
 def quantize_residual(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,8 @@ class LayerStart:
 
     shape [m, n] and scaling of its update; error, |W - (base + update)| / |W|, of the weight that
     the layer had, None for a base that stays as it is or in float32, where it is rounding alone;
-    energy, excess and certificate as in `Factors`.
+    energy, excess and certificate as in `Factors`. matrices: of a stack of experts as many as they
+    are; error, excess and certificate are then the largest of one, energy the mean.
     """
 
     name: str
@@ -29,11 +31,22 @@ class LayerStart:
     energy: float
     excess: float | None = None
     certificate: float | None = None
+    matrices: int = 1
 
     @classmethod
     def of(cls, name: str, factors: Factors, scaling: float, error: float | None) -> LayerStart:
         shape = (len(factors.lora_B), factors.lora_A.shape[1])
         return cls(name, shape, len(factors.lora_A), scaling, error, *factors[2:])
+
+    @classmethod
+    def of_stack(cls, starts: Sequence[LayerStart]) -> LayerStart:
+        """Return the start of a layer from those of its matrices."""
+        largest = {
+            name: max((v for one in starts if (v := getattr(one, name)) is not None), default=None)
+            for name in ("error", "excess", "certificate")
+        }
+        energy = sum(one.energy for one in starts) / len(starts)
+        return replace(starts[0], **largest, energy=energy, matrices=len(starts))
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peftkern.methods.initialization.from_weights import QUANTIZED
 from peftkern.methods.initialization.loftq import Storage
 from peftkern.methods.initialization.report import InitReport
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
-from peftkern.tools.initialize.request import Request, find_targets
+from peftkern.tools.initialize.request import Request, Target, find_targets
 from peftkern.tools.initialize.starts import Starts
 from peftkern.tools.quantize.file_plan import Choice, Options, plan_files
 from peftkern.tools.quantize.linear_weights import find_weights
@@ -21,8 +22,6 @@ from peftkern.tools.quantize.quantized_checkpoint import (
     check_request,
     quantize_checkpoint,
 )
-
-QUANTIZED = ("qpissa", "loftq")
 
 
 @dataclass(frozen=True)
@@ -65,17 +64,21 @@ def prepare(
 ) -> Job:
     """Check a request: "pissa" and "olora" write a dense base, "qpissa" and "loftq" one in NF4.
 
-    Args: names, of linear layers, by default all but the output embeddings.
+    Args: names, of linear layers, by default all but the output embeddings, and of parameters of
+        experts.
     Raises: CheckpointError for what the checkpoint or its architecture does not have.
     """
-    targets, config = find_targets(checkpoint, names, request.rank_of)
-    choice, quantization_config, storage = Choice({}), None, None
+    targets, config = find_targets(checkpoint, names, request.rank_of, method=request.method)
+    together = tuple(target.sources for target in targets.values() if target.sources)
+    choice, quantization_config, storage = Choice({}, together=together), None, None
     if request.method in QUANTIZED:
         storage = Storage(options.blocksize, options.double_quant)
         choice, quantization_config = find_weights(
             checkpoint, blocksize=options.blocksize, double_quant=options.double_quant
         )
-        apart = [t.module for name, t in targets.items() if name not in choice.linear]
+        targets = dict(_of_stacks(targets, choice))
+        quantized = {*choice.linear, *choice.stacks}
+        apart = [target.name for name, target in targets.items() if name not in quantized]
         if apart:
             raise CheckpointError(
                 f"target: {apart[0]} is not quantized, which {request.method} needs"
@@ -85,3 +88,13 @@ def prepare(
     starts = Starts(request, targets, config, base, storage, options.device)
     parts = (checkpoint, Path(destination), choice, quantization_config, options)
     return Job(*parts, starts)
+
+
+def _of_stacks(targets: dict[str, Target], choice: Choice) -> Iterator[tuple[str, Target]]:
+    """Yield targets by the names of what is quantized: experts become one stack."""
+    for name, target in targets.items():
+        stack = choice.stacks.get(target.name)
+        if stack is not None:
+            how = {"count": stack.shape[0], "sources": (), "turned": stack.turned}
+            name, target = target.name, replace(target, transposed=False, **how)
+        yield name, target

@@ -81,7 +81,8 @@ def prepare(
     Raises: CheckpointError for what cannot be done.
     """
     half = request.method == "lora_ga"
-    _, config = find_targets(checkpoint, names, request.rank_of, half=half)
+    how = {"half": half, "method": request.method}
+    _, config = find_targets(checkpoint, names, request.rank_of, **how)
     companions = find_companions(checkpoint)
     destination = Path(destination)
     staging.check_destination(checkpoint.folder, destination, force, companions.copied)

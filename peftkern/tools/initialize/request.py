@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +16,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftkern.formats.rank_patterns import exact_targets, pattern_key
+from peftkern.layers.quantize import expert_parameters
 from peftkern.methods.initialization.factors import check_rank
-from peftkern.tools.checkpoints.architecture import find_loads, meta_model
-from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
-from peftkern.tools.checkpoints.weights import find_weights
+from peftkern.methods.initialization.from_weights import FROM_WEIGHTS
+from peftkern.tools.adapters.extract_experts import Stack, find_stack
+from peftkern.tools.checkpoints.architecture import Load, find_loads, meta_model
+from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from peftkern.tools.checkpoints.weights import Weight, find_weights
 
 DTYPES = ("F32", "F16", "BF16")
 
@@ -80,11 +83,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Target:
-    """Linear layer of the model; transposed: the checkpoint keeps its weight as [n, m]."""
+    """Linear layer of the model, or a parameter of experts: all matrices of it, or one expert's.
+
+    transposed: the checkpoint keeps its weight as [n, m]. count: of matrices. sources: the tensors
+    whose rows a matrix has, if they are several. turned: experts in 4 bits are written as [n, m].
+    """
 
     module: str
     shape: tuple[int, int]
     transposed: bool
+    parameter: str = ""
+    count: int = 1
+    sources: tuple[str, ...] = ()
+    turned: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.module}.{self.parameter}" if self.parameter else self.module
 
 
 def find_targets(
@@ -93,35 +108,55 @@ def find_targets(
     rank_of: Callable[[str], int] = lambda module: 1,
     *,
     half: bool = False,
+    method: str | None = None,
     model: PreTrainedModel | None = None,
     others: Collection[str] = (),
 ) -> tuple[dict[str, Target], LoraConfig]:
-    """Find the linear layers to start, by the names of their weights, and a config that says so.
+    """Find what is to be started, by the names of the weights, and a config that says so.
 
     Args: names, of layers, whole or their ends: "q_proj"; a string is a regular expression for
         whole names; none for all linear layers but the output embeddings. rank_of(layer), which it
-        must have, or with `half` twice of it. model: `meta_model` of the checkpoint, if there is
-        one already. others: names of what is no linear layer; there may be none of theirs.
-    Raises: CheckpointError naming a layer that does not exist, has no such rank, or is tied.
+        must have, or with `half` twice of it. method, that starts them: a name with a dot may then
+        be that of a parameter of experts, "experts.down_proj". model: `meta_model` of the
+        checkpoint, if there is one already. others: names of what is no linear layer; there may be
+        none of theirs.
+    Raises: CheckpointError naming a layer that does not exist, has no such rank, is tied, or that
+        the method cannot start.
     """
     model = meta_model(checkpoint) if model is None else model
-    linear = _linear_layers(model, checkpoint)
+    loads = list(find_loads(model, checkpoint))
+    linear = _linear_layers(model, loads, find_weights(checkpoint))
+    experts = _experts(model, loads) if method else {}
     head = model.get_output_embeddings()
-    modules = choose_modules(model, [target.module for target in linear.values()], names, others)
+    parameters = [] if isinstance(names, str) else [name for name in names if "." in name]
+    found = {name: [t for t in experts if ends_in(experts[t].name, name)] for name in parameters}
+    served = {*others, *(name for name, tensors in found.items() if tensors)}
+    known = (".".join(target.name.split(".")[-2:]) for target in experts.values())
+    modules = choose_modules(
+        model, [target.module for target in linear.values()], names, served, known
+    )
     chosen = {tensor: target for tensor, target in linear.items() if target.module in modules}
+    of_experts = {tensor for tensors in found.values() for tensor in tensors}
+    chosen |= {tensor: target for tensor, target in experts.items() if tensor in of_experts}
     if not chosen and not others:
         raise CheckpointError(f"{checkpoint.folder}: holds no linear layer")
     for target in chosen.values():
+        if target.parameter and method not in FROM_WEIGHTS:
+            accepted = ", ".join(FROM_WEIGHTS)
+            raise CheckpointError(
+                f"target: {target.name}: expected one of {accepted} to start experts, got {method}"
+            )
         if model.get_submodule(target.module) is head and model.config.tie_word_embeddings:
             raise CheckpointError(
                 f"target: the weight of {target.module} is the embeddings', too, which would change"
             )
         try:
-            check_rank(rank_of(target.module), target.shape, half=half)
+            check_rank(rank_of(target.name), target.shape, half=half)
         except ValueError as error:
-            raise CheckpointError(f"{target.module}: {error}") from None
+            raise CheckpointError(f"{target.name}: {error}") from None
     config = target_config(model, modules)
-    config.fan_in_fan_out = any(target.transposed for target in chosen.values())
+    config.target_parameters = _parameters(model, chosen) or None
+    config.fan_in_fan_out = any(t.transposed for t in chosen.values() if not t.parameter)
     return chosen, config
 
 
@@ -130,17 +165,20 @@ def choose_modules(
     modules: Sequence[str],
     names: Sequence[str] | str,
     others: Collection[str] = (),
+    known: Iterable[str] = (),
 ) -> list[str]:
     """Choose from linear layers by `names` and `others` as `find_targets` has them.
 
+    Args: known, names besides those of the layers, for the error.
     Raises: CheckpointError naming one that no layer has.
     """
     wanted = _wanted(names)
     for name, fits in wanted.items():
         if name not in others and not any(fits(module) for module in modules):
-            known = dict.fromkeys(module.rpartition(".")[2] for module in modules)
+            names_of = [*(module.rpartition(".")[2] for module in modules), *known]
             raise CheckpointError(
-                f"target: no linear layer is called {name!r}; there are {', '.join(known)}"
+                f"target: no linear layer is called {name!r}; there are "
+                f"{', '.join(dict.fromkeys(names_of))}"
             )
     if wanted:
         return [module for module in modules if any(fits(module) for fits in wanted.values())]
@@ -155,10 +193,12 @@ def _wanted(names: Sequence[str] | str) -> dict[str, Callable[[str], Any]]:
     return {name: partial(ends_in, name=name) for name in names}
 
 
-def _linear_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, Target]:
+def _linear_layers(
+    model: PreTrainedModel, loads: Sequence[Load], weights: Mapping[str, Weight]
+) -> dict[str, Target]:
     """Find the weights that are a linear layer's as they are, dense or in NF4."""
-    found, weights = {}, find_weights(checkpoint)
-    for load in find_loads(model, checkpoint):
+    found = {}
+    for load in loads:
         name, _, parameter = load.target.rpartition(".")
         weight = weights.get(load.info.name)
         if load.converter is not None or parameter != "weight" or weight is None:
@@ -176,6 +216,40 @@ def _linear_layers(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, 
     return dict(sorted(found.items(), key=lambda item: order[item[1].module]))
 
 
+def _experts(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, Target]:
+    """Find the weights of fused experts: of each expert, or of all where one tensor has them."""
+    parts: dict[str, list[Load]] = {}
+    for load in loads:
+        if load.info.dtype in DTYPES:
+            parts.setdefault(load.target, []).append(load)
+    found = {}
+    for module, experts in model.named_modules():
+        for parameter in expert_parameters(experts):
+            loaded = parts.get(f"{module}.{parameter}")
+            if loaded is None:
+                continue
+            E, *shape = experts.get_parameter(parameter).shape
+            turned = bool(getattr(experts, "is_transposed", False))
+            stack = find_stack(module, parameter, turned, (E, *shape), loaded)
+            m, n = reversed(shape) if turned else shape
+            infos = {load.info.name: load.info for load in loaded}
+            if stack is None or not _fits(stack, infos, (E, m, n)) or (turned and E == 1):
+                continue  # PEFT does not transpose the update of one
+            for rows in stack.rows or ((stack.whole,),):
+                target = Target(module, (m, n), stack.turned, parameter, E if stack.whole else 1)
+                found[rows[0]] = replace(target, sources=rows if len(rows) > 1 else ())
+    return found
+
+
+def _fits(stack: Stack, infos: Mapping[str, TensorInfo], shape: tuple[int, int, int]) -> bool:
+    """Return whether these tensors are a parameter of experts, as it would be were none turned."""
+    E, m, n = shape
+    if stack.whole:
+        return infos[stack.whole].shape == ((E, n, m) if stack.turned else (E, m, n))
+    rows = [sum(infos[name].shape[0] for name in one) for one in stack.rows]
+    return rows == [m] * E and {infos[name].shape[1:] for name in stack.names} == {(n,)}
+
+
 def target_config(model: nn.Module, modules: Sequence[str]) -> LoraConfig:
     """Return a config that targets these layers alone, by short names if those say it all."""
     short = {name.rpartition(".")[2] for name in modules}
@@ -187,6 +261,15 @@ def target_config(model: nn.Module, modules: Sequence[str]) -> LoraConfig:
         target_modules=whole if isinstance(whole, str) else sorted(whole),
         task_type="CAUSAL_LM" if causal else None,
     )
+
+
+def _parameters(model: PreTrainedModel, chosen: dict[str, Target]) -> list[str]:
+    """Name the chosen parameters alone, by short names if those say it all."""
+    names = {target.name for target in chosen.values() if target.parameter}
+    short = {".".join(name.split(".")[-2:]) for name in names}
+    others = {name for name, _ in model.named_parameters()} - names
+    unique = not any(ends_in(name, end) for name in others for end in short)
+    return sorted(short if unique else names)
 
 
 def ends_in(module: str, name: str) -> bool:

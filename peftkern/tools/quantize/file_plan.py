@@ -68,20 +68,22 @@ class Choice(NamedTuple):
 
     linear: names of weights [N, K], True for those that are kept as [K, N] and are transposed
     first, as transformers does for Conv1D. stacks: of each parameter of the model that is one.
-    unfit: linear layers that stay because the format's blocks do not fit their rows.
+    unfit: linear layers that stay because the format's blocks do not fit their rows. together:
+    tensors that stay, but whose rows a `Rewriter` changes as those of one matrix.
     """
 
     linear: Mapping[str, bool]
     stacks: Mapping[str, Stack] = MappingProxyType({})
     unfit: tuple[str, ...] = ()
+    together: tuple[tuple[str, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class Unit:
     """What becomes of some tensors of the source; `nbytes` of them are written.
 
-    name: of the tensor, or the parameter that is a stack. transposed: None if it is kept as it is;
-    shape: that of a stack, else None; turned: as in `Stack`.
+    name: of the first tensor, or the parameter that is a stack. transposed: None if it is kept as
+    it is; shape: that of a stack, else None; turned: as in `Stack`.
     """
 
     name: str
@@ -187,12 +189,16 @@ def _units(checkpoint: Checkpoint, choice: Choice, options: Options) -> dict[str
                 f"{name}: expected a weight of two dimensions in one of {_WEIGHT_DTYPES}, "
                 f"got {came}"
             )
+    together = {name: group for group in choice.together for name in group}
     units = {}
     for name, info in checkpoint.tensors.items():
         if name in choice.linear:
             transposed = choice.linear[name]
             nbytes = _linear_bytes(name, info.shape[::-1] if transposed else info.shape, options)
             units[name] = Unit(name, (info,), nbytes, transposed)
+        elif name in together:
+            infos = tuple(checkpoint.tensors[other] for other in together[name])
+            units[infos[0].name] = Unit(infos[0].name, infos, sum(one.nbytes for one in infos))
         elif name not in stacks:
             units[name] = Unit(name, (info,), info.nbytes)
         elif stacks[name] not in units:

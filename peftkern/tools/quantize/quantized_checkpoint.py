@@ -75,7 +75,7 @@ class Note(NamedTuple):
 
 
 class Rewriter(Protocol):
-    """Change of some weights, linear layers' alone, on the way; what it finds is written, too.
+    """Change of some weights on the way; what it finds is written, too.
 
     identity: what a run must have in common with one that it resumes. nbytes: of what it adds.
     """
@@ -86,7 +86,11 @@ class Rewriter(Protocol):
     def rewrite(
         self, unit: Unit, weight: Tensor
     ) -> tuple[QuantizedWeight | Tensor, float | None] | None:
-        """Return what becomes of a weight, and its error if that is known; None of others."""
+        """Return what becomes of a weight, and its error if that is known; None of others.
+
+        That of several tensors has their rows one after the other; of a stack it is each expert's
+        in turn, as it is to be stored.
+        """
 
     def keep(self, work: Path, file: str) -> None:
         """Store what was found while a file was written, before the file counts as finished."""
@@ -259,10 +263,9 @@ def _write_file(
     for unit in units:
         parts = (part for source in islice(sources, len(unit.infos)) for part in source)
         if unit.shape:
-            state, error = _stacked(unit, parts, options)
+            state, error = _stacked(unit, parts, options, rewriter)
         else:
-            (weight,) = parts
-            state, error = _one(unit, weight, options, rewriter)
+            state, error = _one(unit, list(parts), options, rewriter)
         tensors |= state
         if error is not None:
             largest = max(largest, (error, unit.name))
@@ -299,10 +302,11 @@ def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) 
 
 
 def _one(
-    unit: Unit, weight: Tensor, options: Options, rewriter: Rewriter | None
+    unit: Unit, kept: list[Tensor], options: Options, rewriter: Rewriter | None
 ) -> tuple[dict[str, Tensor], float | None]:
-    """Return the tensors that a tensor becomes, and its error unless it is kept as it is."""
-    name, kept = unit.name, weight
+    """Return the tensors that a weight becomes, and its error unless it is kept as it is."""
+    names = [info.name for info in unit.infos]
+    weight = kept[0] if len(kept) == 1 else torch.cat(kept)
     if unit.quantized:
         weight = weight.to(options.device)
         weight = weight.T.contiguous() if unit.transposed else weight
@@ -311,10 +315,13 @@ def _one(
         weight, error = rewritten
     elif unit.quantized:
         w = _quantized(weight, options)
-        weight, error = w, _relative_error(name, weight, dequantize(w))
+        weight, error = w, _relative_error(unit.name, weight, dequantize(w))
     else:
-        return {name: kept}, None
-    return _state(name, weight) if unit.quantized else {name: weight}, error
+        return dict(zip(names, kept, strict=True)), None
+    if unit.quantized:
+        return _state(unit.name, weight), error
+    rows = weight.split([len(part) for part in kept])
+    return dict(zip(names, rows, strict=True)), error
 
 
 def _quantized(weight: Tensor, options: Options) -> QuantizedWeight:
@@ -335,7 +342,7 @@ def _state(name: str, w: QuantizedWeight) -> dict[str, Tensor]:
 
 
 def _stacked(
-    unit: Unit, parts: Iterator[Tensor], options: Options
+    unit: Unit, parts: Iterator[Tensor], options: Options, rewriter: Rewriter | None
 ) -> tuple[dict[str, Tensor], float]:
     """Return the two tensors that a stack of experts becomes, and the largest error of one."""
     count, *shape = unit.shape
@@ -350,9 +357,15 @@ def _stacked(
     for expert in range(count):
         weight = torch.cat(list(islice(parts, pieces))).to(options.device)
         weight = weight.T.contiguous() if unit.transposed else weight.view(shape)
-        stack.set_expert(expert, weight)
-        now = stack.dequantize(expert).contiguous()  # of one that is turned, too
-        error = max(error, _relative_error(unit.name, weight, now))
+        rewritten = None if rewriter is None else rewriter.rewrite(unit, weight)
+        if rewritten is not None:
+            w, missed = rewritten
+            stack.put_expert(expert, w)
+        else:
+            stack.set_expert(expert, weight)
+            now = stack.dequantize(expert).contiguous()  # of one that is turned, too
+            missed = _relative_error(unit.name, weight, now)
+        error = max(error, missed)
     return {key: part.cpu() for key, part in stack.state(unit.name).items()}, error
 
 

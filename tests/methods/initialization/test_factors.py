@@ -24,7 +24,7 @@ def decaying(m: int, n: int, seed: int = 0, power: float = -0.5) -> Tensor:
 @pytest.mark.parametrize("scaling", [1.0, 0.5, 3.0])
 def test_pissa_takes_the_largest_triplets(shape, scaling):
     weight = decaying(*shape, power=-1.0)
-    factors = pissa(weight, 8, scaling, tol=1e-6, certify=True)
+    factors = pissa([weight], 8, scaling, tol=1e-6, certify=True)[0]
     U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
     best = (U[:, :8] * S[:8]) @ Vh[:8]
     update = scaling * factors.lora_B.double() @ factors.lora_A.double()
@@ -71,7 +71,7 @@ def test_olora_of_columns_that_depend_on_each_other():
 def test_base_and_update_are_the_weight_again(dtype):
     before = decaying(70, 50).to(dtype)
     for weight in (before.clone(), before.T.contiguous().T):
-        factors = pissa(weight, 5, 2.0)
+        factors = pissa([weight], 5, 2.0)[0]
         error = subtract_update_(weight, factors.lora_A, factors.lora_B, 2.0)
         update = 2.0 * factors.lora_B.double() @ factors.lora_A.double()
         torch.testing.assert_close(weight, (before - update).to(dtype), rtol=1e-2, atol=1e-6)
@@ -82,7 +82,7 @@ def test_base_and_update_are_the_weight_again(dtype):
 
 
 def test_a_weight_of_zeros_gets_an_update_of_zeros():
-    for factors in (pissa(torch.zeros(20, 10), 4, 1.0), olora(torch.zeros(20, 10), 4)):
+    for factors in (*pissa([torch.zeros(20, 10)], 4, 1.0), olora(torch.zeros(20, 10), 4)):
         assert factors.energy == 0
         assert not (factors.lora_B @ factors.lora_A).any()
     weight = torch.zeros(20, 10, dtype=torch.bfloat16)
@@ -91,7 +91,7 @@ def test_a_weight_of_zeros_gets_an_update_of_zeros():
 
 @pytest.mark.parametrize("rank", [0, 11, 2.0, True])
 def test_a_rank_that_the_weight_does_not_have(rank):
-    for method in (olora, lambda weight, rank: pissa(weight, rank, 1.0)):
+    for method in (olora, lambda weight, rank: pissa([weight], rank, 1.0)):
         with pytest.raises(ValueError, match=r"rank: expected 1 to 10, .* of \[20, 10\], got "):
             method(torch.zeros(20, 10), rank)
 
@@ -99,11 +99,11 @@ def test_a_rank_that_the_weight_does_not_have(rank):
 @pytest.mark.parametrize("scaling", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_scaling_that_cannot_be_split(scaling):
     with pytest.raises(ValueError, match="scaling: expected a finite number above 0, got"):
-        pissa(torch.ones(20, 10), 2, scaling)
+        pissa([torch.ones(20, 10)], 2, scaling)
 
 
 def test_a_weight_that_is_not_finite():
     with pytest.raises(ValueError, match="NaN or Inf"):
-        pissa(torch.full((20, 10), float("nan")), 2, 1.0)
+        pissa([torch.full((20, 10), float("nan"))], 2, 1.0)
     with pytest.raises(ValueError, match="weight: expected finite values, got NaN or Inf"):
         olora(torch.full((20, 10), float("nan")), 2)

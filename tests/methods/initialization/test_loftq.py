@@ -41,7 +41,7 @@ def exact_loop(weight: Tensor, rank: int, steps: int, storage: Storage) -> float
 def test_loftq_is_as_close_as_the_exact_loop(shape, steps, storage):
     """The larger shape takes the iteration, the smaller one an exact SVD."""
     weight = gaussian(*shape)
-    factors, base = loftq(weight, 16, 1.0, storage, steps=steps)
+    ((factors, base),) = loftq([weight], 16, 1.0, storage, steps=steps)
     error = relative_error(weight, base, factors, 1.0)
     assert error == pytest.approx(exact_loop(weight, 16, steps, storage), rel=5e-3)
     update = factors.lora_B @ factors.lora_A
@@ -56,7 +56,7 @@ def test_loftq_counts_the_scaling():
     nf4 = float((weight - plain).norm() / weight.norm())
     errors = []
     for scaling in (1.0, 2.0, 4.0, 0.25):
-        factors, base = loftq(weight, 16, scaling, PLAIN, steps=2)
+        ((factors, base),) = loftq([weight], 16, scaling, PLAIN, steps=2)
         errors.append(relative_error(weight, base, factors, scaling))
     assert errors == pytest.approx([errors[0]] * 4, rel=1e-4)
     assert errors[0] < 0.95 * nf4
@@ -64,8 +64,8 @@ def test_loftq_counts_the_scaling():
 
 def test_qpissa_quantizes_what_pissa_leaves():
     weight = gaussian(96, 200)
-    factors, base = qpissa(weight, 16, 2.0, PLAIN)
-    alone = pissa(weight, 16, 2.0)
+    ((factors, base),) = qpissa([weight], 16, 2.0, PLAIN)
+    (alone,) = pissa([weight], 16, 2.0)
     torch.testing.assert_close(factors.lora_A, alone.lora_A)
     residual = weight - 2.0 * alone.lora_B @ alone.lora_A
     expected = dequantize_nf4(quantize_nf4(residual, double_quant=False))
@@ -94,4 +94,4 @@ def test_panels_quantize_as_the_whole_does(monkeypatch, shape, storage, dtype):
 @pytest.mark.parametrize("steps", [0, -1, 1.5, True])
 def test_steps_that_are_none(steps):
     with pytest.raises(ValueError, match="steps: expected an integer of at least 1, got"):
-        loftq(gaussian(20, 10), 2, 1.0, PLAIN, steps=steps)
+        loftq([gaussian(20, 10)], 2, 1.0, PLAIN, steps=steps)

@@ -11,10 +11,10 @@ from peftkern.methods.initialization.loftq import Storage, loftq, qpissa, relati
 
 
 def start(weight: Tensor) -> None:
-    subtract_update_(weight, *pissa(weight, 8, 1.0)[:2], 1.0)
+    subtract_update_(weight, *pissa([weight], 8, 1.0)[0][:2], 1.0)
     subtract_update_(weight, *olora(weight, 8)[:2], 1.0)
     for method, options in ((qpissa, {}), (loftq, {"steps": 1})):
-        factors, base = method(weight, 8, 1.0, Storage(), **options)
+        ((factors, base),) = method([weight], 8, 1.0, Storage(), **options)
         relative_error(weight, base, factors, 1.0)
 
 
