@@ -142,6 +142,16 @@ def test_experts_of_a_checkpoint(tmp_path, capsys, family):
     alone = printed(capsys, folder, "--rank", 2, "--target", "experts.gate_up_proj")
     assert {layer["name"] for layer in alone["layers"]} == set(stacks)
     get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**alone["config"]))
+    file = tmp_path / "ranks.json"
+    for number, one in enumerate((record, alone)):  # `init` starts experts of these ranks
+        file.write_text(json.dumps(one))
+        out = tmp_path / f"dst{number}"
+        assert main(["init", "pissa", str(folder), str(out), "--ranks", str(file)]) == 0
+        base = AutoModelForCausalLM.from_pretrained(out)
+        started = ranks_in(PeftModel.from_pretrained(base, out / "adapter"))
+        wanted = {layer["name"].removesuffix(".gate_up_proj"): layer["rank"]
+                  for layer in one["layers"]}  # fmt: skip
+        assert started == wanted
 
 
 def test_experts_of_texts_and_of_a_program(tmp_path, capsys, monkeypatch):
@@ -164,7 +174,7 @@ def test_experts_of_texts_and_of_a_program(tmp_path, capsys, monkeypatch):
     by_texts = printed(capsys, folder, *options, "--data", texts)
     assert printed(capsys, program, *options)["layers"] == by_texts["layers"]
     assert {layer["experts"] for layer in by_texts["layers"]} == {4}
-    assert by_texts["config"]["target_parameters"] == ["down_proj"]
+    assert by_texts["config"]["target_parameters"] == ["experts.down_proj"]
 
 
 PROGRAM = """
@@ -307,7 +317,12 @@ def test_bad_input_is_one_line(source, tmp_path, capfd):
     out = ("init", "pissa", source, tmp_path / "out", "--ranks", bad)
     for text, complaint in (
         ("[]", "--ranks: "),
-        ('{"target_parameters": ["gate_up_proj"]}', "target_parameters: expected none, as linear"),
+        ('{"r": 4, "target_parameters": "a.b"}', "target_parameters: expected a list of names"),
+        (
+            '{"r": 4, "target_parameters": ["a.b"], "target_modules": "c"}',
+            "target_modules: expected a list beside target_parameters, got 'c'",
+        ),
+        ('{"r": 4, "target_parameters": ["a.b"]}', "no linear layer is called 'a.b'"),
         ('{"r": 4}', "target_modules: expected a list of names"),
         ('{"r": 4, "target_modules": ["q_proj"], "rank_pattern": {"a": 0}}', "rank_pattern"),
         ('{"r": 4, "target_modules": ["nothing"]}', "no linear layer is called 'nothing'"),

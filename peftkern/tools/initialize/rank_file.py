@@ -30,11 +30,7 @@ def read_ranks(path: Path) -> tuple[dict[str, Any], tuple[str, ...] | str]:
             f"ranks: {path}: expected what `peftkern ranks --json` prints, got {brief(value)}"
         )
     if config.get("target_parameters"):
-        came = brief(config["target_parameters"])
-        raise CheckpointError(
-            f"ranks: {path}: target_parameters: expected none, as linear layers alone can be "
-            f"started, got {came}"
-        )
+        config = {**config, "target_modules": _with_parameters(config, path)}
     for name, (_, holds, expected) in _FIELDS.items():
         needed = name in ("r", "target_modules")
         if (needed or name in config) and not holds(config.get(name)):
@@ -43,6 +39,18 @@ def read_ranks(path: Path) -> tuple[dict[str, Any], tuple[str, ...] | str]:
     found = {own: config[name] for name, (own, _, _) in _FIELDS.items() if own and name in config}
     targets = config["target_modules"]
     return found, targets if isinstance(targets, str) else tuple(targets)
+
+
+def _with_parameters(config: dict[str, Any], path: Path) -> list[str]:
+    """Return the names of layers and those of parameters of experts. Raises: CheckpointError."""
+    modules, parameters = config.get("target_modules") or [], config["target_parameters"]
+    if not _is_targets(parameters) or isinstance(parameters, str):
+        name, came, expected = "target_parameters", parameters, "a list of names"
+    elif isinstance(modules, list):
+        return [*modules, *parameters]
+    else:
+        name, came, expected = "target_modules", modules, "a list beside target_parameters"
+    raise CheckpointError(f"ranks: {path}: {name}: expected {expected}, got {brief(came)}")
 
 
 def _is_rank(value: Any) -> bool:

@@ -155,7 +155,8 @@ def find_targets(
         except ValueError as error:
             raise CheckpointError(f"{target.name}: {error}") from None
     config = target_config(model, modules)
-    config.target_parameters = _parameters(model, chosen) or None
+    named = {target.name for target in chosen.values() if target.parameter}
+    config.target_parameters = parameter_names(model, named) or None
     config.fan_in_fan_out = any(t.transposed for t in chosen.values() if not t.parameter)
     return chosen, config
 
@@ -263,11 +264,10 @@ def target_config(model: nn.Module, modules: Sequence[str]) -> LoraConfig:
     )
 
 
-def _parameters(model: PreTrainedModel, chosen: dict[str, Target]) -> list[str]:
-    """Name the chosen parameters alone, by short names if those say it all."""
-    names = {target.name for target in chosen.values() if target.parameter}
+def parameter_names(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Name these parameters alone, by short names if those say it all."""
     short = {".".join(name.split(".")[-2:]) for name in names}
-    others = {name for name, _ in model.named_parameters()} - names
+    others = {name for name, _ in model.named_parameters()} - {*names}
     unique = not any(ends_in(name, end) for name in others for end in short)
     return sorted(short if unique else names)
 

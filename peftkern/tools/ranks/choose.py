@@ -38,7 +38,7 @@ from peftkern.tools.initialize.request import (
 )
 from peftkern.tools.initialize.texts import read_batches
 from peftkern.tools.ranks.program import Program, run_program
-from peftkern.tools.ranks.stacks import find_stacks, stack_names
+from peftkern.tools.ranks.stacks import find_stacks, stack_names, stack_targets
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _checkpoint_targets(
     """Find the linear layers, and a config for them and the stacks of experts."""
     others = stack_names(model, names)
     targets, config = find_targets(checkpoint, names, model=model, others=others)
-    config.target_parameters = others or None
+    config.target_parameters = stack_targets(model, others)
     return targets, config
 
 
@@ -186,7 +186,7 @@ def from_file(
     if not modules and not others:
         raise CheckpointError(f"{path}: model(): holds no linear layer")
     config = target_config(program.model, modules)
-    config.target_parameters = others or None
+    config.target_parameters = stack_targets(program.model, others)
     return _from_program(program, settings, config, statistics_bytes, most)
 
 

@@ -10,13 +10,20 @@ from transformers import PreTrainedModel
 from peftkern.tools.adapters.extract_experts import Stack, find_stack
 from peftkern.tools.checkpoints.architecture import Load, find_loads
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
-from peftkern.tools.initialize.request import DTYPES, ends_in
+from peftkern.tools.initialize.request import DTYPES, ends_in, parameter_names
 
 
 def stack_names(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return those of `names`, whole or ends, that parameters [E, m, n] have."""
     stacks = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
     return [name for name in names if any(ends_in(stack, name) for stack in stacks)]
+
+
+def stack_targets(model: nn.Module, names: Sequence[str]) -> list[str] | None:
+    """Return target_parameters of the parameters [E, m, n] with these names; None without any."""
+    found = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    wanted = {name for name in found if any(ends_in(name, one) for one in names)}
+    return parameter_names(model, wanted) or None
 
 
 def find_stacks(
