@@ -19,6 +19,7 @@ SLOWER = 1.02  # a ratio beyond which a contender loses to the first
 BUDGET = 0.4  # seconds for all the rounds of a contest
 ROUNDS = (3, 15)  # least and most
 CLEAR = 0.3  # a ratio so far from 1 in every round needs no more than the least rounds
+_PLAIN = 4.0  # a ratio beyond it, or below its inverse, needs no second round after a long one
 _QUEUE_CYCLES = 400_000  # about 0.2 ms, longer than the host takes to issue a layer's pass
 
 Clock = Callable[[Callable[[], Any]], dict[str, float]]
@@ -72,7 +73,7 @@ def outcomes(
     """Time each contender against the first.
 
     Each is called once before it is timed. The rounds end when the budget is spent, or when the
-    first ones are all clear.
+    first ones are all clear; a round may take long where torch has no products of a dtype.
     """
     first, *others = contenders
     for call in contenders.values():
@@ -88,11 +89,14 @@ def outcomes(
                 for name in others
             }
         )
+        seen = [ratio for turn in rounds for kinds in turn.values() for ratio in kinds.values()]
+        elapsed = time.perf_counter() - begin
+        if elapsed > budget and all(not 1 / _PLAIN < ratio < _PLAIN for ratio in seen):
+            break
         if len(rounds) >= ROUNDS[0]:
-            seen = [ratio for turn in rounds for kinds in turn.values() for ratio in kinds.values()]
             if all(abs(ratio - 1) > CLEAR for ratio in seen):
                 break
-            if time.perf_counter() - begin > budget * (1 - 1 / len(rounds)):
+            if elapsed > budget * (1 - 1 / len(rounds)):
                 break
     return {name: _outcome([turn[name] for turn in rounds]) for name in others}
 

@@ -15,12 +15,16 @@ from block_weights import assert_same_values, every_pair_weight, numpy_values, r
 from grids import thinned
 from linear_cases import (
     BF16,
+    F16,
     F32,
+    SHAPES,
     NF4Operands,
     check_accuracy,
+    layouts,
     nf4_operands,
     operands,
     ours,
+    peft_formula,
     trials,
     with_gradients,
 )
@@ -28,7 +32,7 @@ from processes import run_code
 from tolerances import HANG_SECONDS
 
 import peftkern
-from peftkern.backends import pointers
+from peftkern.backends import device, pointers
 from peftkern.backends.cpu import crossovers, nf4_lora_linear
 from peftkern.backends.cpu import module as native
 
@@ -60,6 +64,22 @@ def test_isa_follows_the_machine():
         flags = next(line for line in file if line.startswith("flags")).split()
     for name, flag in {"avx2": "avx2", "avx512": "avx512bw", "avx512_bf16": "avx512_bf16"}.items():
         assert (name in ISAS) == (flag in flags)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_dense_weights_where_torch_has_no_16_bit_products(isa, dtype, monkeypatch):
+    """As on most CPUs without AVX-512: the weight's products are ours, whatever its strides."""
+    monkeypatch.setitem(device._MULTIPLIES, dtype, False)
+    for shape in SHAPES:
+        check_accuracy([operands(shape, dtype, F32) for _ in range(trials(shape))], ours)
+    for weight in layouts(torch.randn(24, 40).to(dtype)).values():
+        check_accuracy([operands((9, 24, 40, 4), dtype, F32, weight=weight.view(24, 40))], ours)
+    for empty in ((0, 24, 40, 4), (3, 0, 40, 4), (3, 24, 0, 4)):
+        o = operands(empty, dtype, F32)
+        for mine, theirs in zip(
+            with_gradients(o, ours).values(), with_gradients(o, peft_formula).values(), strict=True
+        ):
+            assert mine.shape == theirs.shape
 
 
 def test_unknown_isa_lists_what_there_is(monkeypatch):

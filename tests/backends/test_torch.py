@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
-from peftkern.backends import ops, reference
+from peftkern.backends import device, ops, reference
 from peftkern.backends.dropout import philox_keep
 from peftkern.backends.torch import chunks, lora_linear, nf4
 
@@ -51,6 +51,13 @@ def run(module, o, keep, p) -> tuple[Tensor, ...]:
     return y, S, *module.lora_linear_backward(o.dy, o.x, S, *weights, SCALING, keep, p, [True] * 4)
 
 
+@pytest.fixture(params=["products", "no products"])
+def products(request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch multiplies 16 bits, or it does not."""
+    for dtype in (BF16, F16):
+        monkeypatch.setitem(device._MULTIPLIES, dtype, request.param == "products")
+
+
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks are small beside the tensors, as they are beside those of a model."""
@@ -58,7 +65,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("adapter_dtype", [BF16, F32])
-def test_no_float32_copy_of_a_large_tensor(small_chunks, adapter_dtype):
+def test_no_float32_copy_of_a_large_tensor(small_chunks, products, adapter_dtype):
     """Of x, y, weight or their gradients; nor indices or masks of that size in wide integers."""
     M, N, K, _ = SHAPE
     o = operands(SHAPE, BF16, adapter_dtype)
@@ -83,7 +90,7 @@ def test_no_wide_copy_of_a_decoded_weight(small_chunks):
 
 
 @pytest.mark.parametrize(("x_dtype", "adapter_dtype"), [(F32, F32), (BF16, F32), (BF16, BF16)])
-def test_chunks_change_nothing(monkeypatch, x_dtype, adapter_dtype):
+def test_chunks_change_nothing(monkeypatch, products, x_dtype, adapter_dtype):
     """A mask and its seed give the same bits in any chunks, and all agree with the reference."""
     M, N, K, r = 23, 40, 36, 4
     o = operands((M, N, K, r), x_dtype, adapter_dtype)
@@ -112,7 +119,7 @@ def test_decoding_over_chunks_and_a_last_part_of_a_block(blocksize, double_quant
 
 
 @pytest.mark.parametrize("adapter_dtype", [BF16, F32])
-def test_scaling_of_zero_hides_no_nan(adapter_dtype):
+def test_scaling_of_zero_hides_no_nan(products, adapter_dtype):
     o = operands((6, 20, 40, 4), BF16, adapter_dtype)
     o.x[2, 3], o.dy[4, 5] = float("nan"), float("inf")
     results = []

@@ -250,6 +250,43 @@ def test_published_wheel_brings_no_second_openmp(wheel, tmp_path):
     assert package.startswith(path) and len(runtimes) == 1, answer.stdout
 
 
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The programs of an environment with the wheel, and with the packages of this one.
+
+    A line of a .pth file is a folder alone: peftkern's own development install is not among them.
+    """
+    folder = tmp_path_factory.mktemp("installed")
+    venv.create(folder, symlinks=True)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+    (site / "packages.pth").write_text(sysconfig.get_path("purelib"))
+    options = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
+    run_checked(
+        *(sys.executable, "-m", "pip", "--python", folder / "bin" / "python"),
+        *("install", *options, wheel),
+    )
+    return folder / "bin"
+
+
+def test_readme_is_true_of_a_wheel_where_there_is_no_compiler(installed, tmp_path):
+    """Its code runs as it is pasted, kernels trusted by what they do there; doctor is content."""
+    clean = {"PATH": str(installed), "PYTHONPATH": "", "PEFTKERN_CACHE": str(tmp_path / "cache")}
+    assert shutil.which("cc", path=clean["PATH"]) is None
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    assert len([line for line in code.splitlines() if line]) <= 15
+    code += "print(peftkern.__file__)\n"
+    (tmp_path / "pasted.py").write_text(code)
+    trust = {"PEFTKERN_TRUST": "auto"}
+    done = run(installed / "python", "pasted.py", cwd=tmp_path, **clean, **trust)
+    assert done.returncode == 0, done.stderr
+    assert "14 patched" in done.stdout and "nf4_lora_linear_backward" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith(str(installed.parent))
+    done = run(installed / "peftkern", "doctor", cwd=tmp_path, **clean)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ": healthy" in done.stdout.splitlines()[0]
+
+
 # ---- building on other machines: a small project under the same CMakeLists.txt and setup.py
 
 

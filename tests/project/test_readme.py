@@ -8,30 +8,17 @@ from pathlib import Path
 import pytest
 import yaml
 from paths import ROOT
-from processes import run_python
 
 import peftkern
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/measurements.md")
-CODE = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?:\]\(|(?:src|srcset|href)=\")([^)\"\s]+)")
 TEMPLATES = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 
 
 def test_readme_is_short():
     assert len(README.splitlines()) <= 120
-
-
-@pytest.mark.parametrize("code", CODE.findall(README))
-def test_code_of_readme_runs(code: str, tmp_path: Path):
-    """As it is pasted into a file, kernels being trusted by what they do there alone."""
-    assert len([line for line in code.splitlines() if line]) <= 15
-    (tmp_path / "pasted.py").write_text(code)
-    trust = {"PEFTKERN_TRUST": "auto", "PEFTKERN_CACHE": str(tmp_path / "cache")}
-    done = run_python("pasted.py", cwd=tmp_path, **trust)
-    assert done.returncode == 0, done.stderr
-    assert "14 patched" in done.stdout and "nf4_lora_linear_backward" in done.stdout
 
 
 def test_every_way_to_install_brings_what_that_code_imports():

@@ -1,4 +1,7 @@
-"""Linear layer with a low-rank update: torch's GEMM for the weight, C++ for the update."""
+"""Linear layer with a low-rank update: torch's GEMM for the weight, C++ for the update.
+
+Where torch has no products of the dtype, the weight's are those of `grouped_linear`, for one group.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkern.backends.cpu import grouped_linear
 from peftkern.backends.cpu.module import (
     float32,
     isa_and_threads,
@@ -15,6 +19,7 @@ from peftkern.backends.cpu.module import (
     refusal_dense,
     rows_of,
 )
+from peftkern.backends.device import multiplies
 from peftkern.backends.dropout import keep_scale, philox_keep
 from peftkern.backends.pointers import CPU, address, dtype_code, each, fresh, optional
 
@@ -35,7 +40,10 @@ def lora_linear_forward(
     rows = rows_of(x, K)
     keep = mask_of(keep, rows.shape[0], K, dropout_p)
     S = lora_shrink(rows, float32(lora_A), keep, keep_scale(keep, dropout_p))
-    y = F.linear(rows, weight, bias)
+    if multiplies(x.dtype):
+        y = F.linear(rows, weight, bias)
+    else:
+        y = grouped_linear.one_group(rows, weight, bias)
     lora_expand_(y, S, float32(lora_B.t()), scaling)
     return y.view(*x.shape[:-1], N), S.view(*x.shape[:-1], S.shape[1])
 
@@ -58,7 +66,7 @@ def lora_linear_backward(
     compute(gradients)
     dx = dy.new_empty(0)
     if needs[0]:
-        dx = rows @ weight
+        dx = rows @ weight if multiplies(dy.dtype) else grouped_linear.one_group(rows, weight.t())
         lora_expand_(dx, gradients.dS, float32(lora_A), keep_scale(keep, dropout_p), keep)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, *requested(gradients, lora_A, lora_B, rows, needs)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftkern.backends.device import multiplies
 from peftkern.backends.dropout import keep_scale, philox_keep
 from peftkern.backends.reference.lora_linear import accumulation_dtype
 from peftkern.backends.torch.chunks import chunks
@@ -36,7 +37,7 @@ def lora_linear_forward(
     N, K = weight.shape
     rows, acc = math.prod(x.shape[:-1]), accumulation_dtype(x)
     x2 = x.reshape(rows, K)
-    y = F.linear(x2, weight, bias)
+    y = _frozen_forward(x2, weight, bias)
     if lora_A is None or lora_B is None:
         return y.view(*x.shape[:-1], N), x.new_empty(0, dtype=acc)
     dtype, q = _product_dtype(x, lora_A, lora_B), keep_scale(keep, dropout_p)
@@ -72,7 +73,7 @@ def lora_linear_backward(
         S2 = S.reshape(rows, r) if need_dB else None
         dS, dB_total = _from_dy(dy2, S2, lora_B, scaling, dtype, need_dx or need_dA)
     if need_dx:
-        dx = dy2 @ weight
+        dx = _frozen_backward(dy2, weight)
         if has_lora:
             _add_product_(dx, dS, lora_A.to(dtype), q, keep, dropout_p)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
@@ -115,13 +116,43 @@ def _product_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
     """Return the dtype of the update's products: that of x where the adapters share it.
 
     Not so on a CPU that multiplies 16 bits more slowly than it widens them: all float16, and
-    bfloat16 without AVX-512 (8 ms for an update that takes 0.5 in float32, Xeon, November 2026).
+    bfloat16 where torch has no products of it (8 ms for an update that takes 0.5 in float32, Xeon,
+    November 2026).
     """
     shared = x.dtype is lora_A.dtype is lora_B.dtype
-    if shared and x.is_cpu and x.dtype.itemsize == 2:
-        fast = torch.backends.cpu.get_cpu_capability() == "AVX512"
-        shared = x.dtype is torch.bfloat16 and fast
+    if shared and x.is_cpu:
+        shared = x.dtype is not torch.float16 and multiplies(x.dtype)
     return x.dtype if shared else accumulation_dtype(x)
+
+
+def _frozen_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute x @ weight.T + bias, in float32 pieces where torch has no products of the dtype."""
+    if not _in_float32(x):
+        return F.linear(x, weight, bias)
+    y = x.new_empty((len(x), len(weight)))
+    for rows in chunks(*x.shape, x.device):
+        part = x[rows].float()
+        for at in chunks(*weight.shape, x.device):
+            some = None if bias is None else bias[at].float()
+            y[rows, at] = F.linear(part, weight[at].float(), some)
+    return y
+
+
+def _frozen_backward(dy: Tensor, weight: Tensor) -> Tensor:
+    """Compute dy @ weight likewise."""
+    if not _in_float32(dy):
+        return dy @ weight
+    dx = dy.new_empty((len(dy), weight.shape[1]))
+    for rows in chunks(*dy.shape, dy.device):
+        total = torch.zeros((len(dy[rows]), weight.shape[1]), device=dy.device)
+        for at in chunks(*weight.shape, dy.device):
+            total.addmm_(dy[rows, at].float(), weight[at].float())
+        dx[rows] = total
+    return dx
+
+
+def _in_float32(x: Tensor) -> bool:
+    return x.is_cpu and not multiplies(x.dtype)
 
 
 def _product(left: Tensor, right: Tensor, alpha: float) -> Tensor:

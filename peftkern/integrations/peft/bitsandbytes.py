@@ -73,7 +73,7 @@ class PatchedBase(PatchedForward):
         dtype, weight, bias = read
         kind = "no adapter" if weight.quant_type == "nf4" else f"no adapter, {weight.quant_type}"
         key = (self.op, kind, *weight.shape, 0, x.dtype, dtype)
-        refusal = trial.refusal(self, x, key)
+        refusal = trial.refusal(self, x, key, alone=True)
         if refusal is not None:
             return refusal
         try:

@@ -101,7 +101,7 @@ class OwnLayer(Remade, PatchedForward):
         dtype, weight, bias = read
         N, K = weight.shape
         four_bit = isinstance(weight, QuantizedWeight)
-        if not four_bit and x.is_cpu and is_small(x, N, K):
+        if not four_bit and x.is_cpu and is_small(self, x, N, K):
             return Fallback("small dense product: torch's own operations are as fast")
         adapter = adapter_of(self, parts)
         if adapter is not None:
@@ -111,7 +111,7 @@ class OwnLayer(Remade, PatchedForward):
         if reason is not None:
             return Fallback(reason)
         key = _trial_key(self, (N, K), four_bit, adapter, (x.dtype, dtype, cast))
-        refusal = trial.refusal(self, x, key)
+        refusal = trial.refusal(self, x, key, alone=True)
         if refusal is not None:
             return refusal
         base = (casts.cast(x, dtype, self), weight, bias)
@@ -133,7 +133,10 @@ class OwnLayer(Remade, PatchedForward):
             if reason is not None:
                 return Outlook(device, reason)
         dense = device.type == "cpu" and not four_bit
-        rows = rows_to_pay(*reversed(sizes)) if dense else 1
+        rows = 1
+        if dense:
+            weight = parts.base.weight if isinstance(parts.base, nn.Module) else parts.base
+            rows = rows_to_pay(self, weight.dtype, *reversed(sizes))
         return Outlook(device, None, rows, _layer_key(self, sizes, four_bit, adapter))
 
 

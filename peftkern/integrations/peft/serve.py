@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftkern.backends import dispatch, trust
 from peftkern.backends.cpu import crossovers
+from peftkern.backends.device import multiplies
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
@@ -98,7 +99,7 @@ class PatchedLayer(PatchedForward):
             type(base_layer) in DENSE_TYPES
             and not self.other_base
             and x.is_cpu
-            and is_small(x, self.out_features, self.in_features, bool(self.lora_variant))
+            and is_small(self, x, self.out_features, self.in_features, bool(self.lora_variant))
             and not (engines.has_ranks() and engines.units_of(self._parts(active_names(self))))
         ):  # asked first: to such a product every check is a loss
             return Fallback("small dense product: PEFT's own operations are as fast")
@@ -126,7 +127,7 @@ class PatchedLayer(PatchedForward):
         quantized = isinstance(weight, QuantizedWeight)
         if asks and ((off or unfused) is None or quantized):  # else PEFT serves
             key = trial_key(self, x, names, adapter, dtype, cast)
-            refusal = trial.refusal(self, x, key, complete=off is None)
+            refusal = trial.refusal(self, x, key, complete=off is None, alone=True)
             if refusal is not None:
                 return refusal
         base = (casts.cast(x, dtype, base_layer), weight, bias)
@@ -151,8 +152,11 @@ class PatchedLayer(PatchedForward):
         dense = device.type == "cpu" and type(base) in DENSE_TYPES and not self.other_base
         unread = reason is not None or isinstance(state, Fallback)
         key = None if unread else layer_key(self, names, state)
-        sizes = self.in_features, self.out_features, bool(self.lora_variant)
-        return Outlook(device, reason, rows_to_pay(*sizes) if dense else 1, key)
+        rows = 1
+        if dense:
+            sizes = self.in_features, self.out_features, bool(self.lora_variant)
+            rows = rows_to_pay(self, base.weight.dtype, *sizes)
+        return Outlook(device, reason, rows, key)
 
     def _device(self, base: nn.Module) -> torch.device:
         return base.weight.device
@@ -326,14 +330,17 @@ def switched_off(layer: Any) -> str | None:
     return "adapters are merged" if layer.merged_adapters else None
 
 
-def rows_to_pay(K: int, N: int, dora: bool = False) -> int:
+def rows_to_pay(layer: Any, dtype: torch.dtype, K: int, N: int, dora: bool = False) -> int:
     """Return the rows from which a dense layer on a CPU is not small; 0 if there are none."""
     if dora:
         return 1 if crossovers.crossover("dora") <= N * K else 0
-    return max(-(-crossovers.crossover("dense") // max(K + N, 1)), 1)
+    rows = max(-(-crossovers.crossover("dense") // max(K + N, 1)), 1)
+    if layer.training and not multiplies(dtype):
+        rows = min(rows, max(-(-crossovers.UNSERVED // max(K * N, 1)), 1))
+    return rows
 
 
-def is_small(x: Tensor, N: int, K: int, dora: bool = False) -> bool:
+def is_small(layer: Any, x: Tensor, N: int, K: int, dora: bool = False) -> bool:
     """Return whether a dense product on a CPU is too small to win back the cost of a call.
 
     A back end that is forced takes it all the same.
@@ -342,6 +349,8 @@ def is_small(x: Tensor, N: int, K: int, dora: bool = False) -> bool:
         small = crossovers.crossover("dora") > N * K
     else:
         small = x.numel() + x.numel() // max(K, 1) * N < crossovers.crossover("dense")
+        if small and layer.training and not multiplies(autocast_dtype(x) or x.dtype):
+            small = x.numel() * N < crossovers.UNSERVED
     if not small:
         return False
     return torch.compiler.is_compiling() or dispatch.forced_backend() is None

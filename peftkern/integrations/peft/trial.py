@@ -24,12 +24,14 @@ from torch.utils._pytree import tree_map_only
 
 from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
+from peftkern.backends.device import multiplies
 from peftkern.integrations.peft.engines import of_deepspeed
 from peftkern.integrations.peft.fallback import Fallback, hooked
 
 UNMEASURED = "the layer's own forward serves until this machine has measured such a layer"
 IN_FLIGHT = "the layer's own forward serves until the training step that it began is over"
 LEAST_ROWS = 128  # below, other kernels would be measured than those that run
+_LEAST_ROWS_UNSERVED = 32  # where torch has no products of the dtype: PEFT's take seconds
 keep_divided = False  # verdicts of rounds that disagree, too: `peftkern tune` was asked for one
 ATTEMPTS = 3  # at a trial that found no memory
 _PASSES = 24  # forward passes that the shortest contest takes about the time of
@@ -100,10 +102,14 @@ class LayerClass:
 
     reason: None where ours serves, else why PEFT does. decided: whether that is a verdict. pending:
     layers of which PEFT has answered a forward that may be recomputed, which has to be PEFT's, too.
+    unserved: whether torch has no products of one of its dtypes here.
     """
 
-    def __init__(self, name: str, device: torch.device, width: int) -> None:
-        self.name, self.device, self.width = name, device, width  # N + K
+    def __init__(self, full: tuple) -> None:
+        *key, _, device = full
+        self.name, self.device, (self.N, self.K) = name_of(full), device, key[2:4]
+        dtypes = [part for part in key[5:] if isinstance(part, torch.dtype)]
+        self.unserved = device.type == "cpu" and not all(map(multiplies, dtypes))
         self.calls = self.failures = 0
         self.pending: weakref.WeakKeyDictionary[nn.Module, _Pending] = weakref.WeakKeyDictionary()
         self.decided, self.reason = False, UNMEASURED
@@ -125,11 +131,17 @@ _classes: dict[tuple, LayerClass] = {}
 trust.on_reset(_classes.clear)
 
 
-def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -> Fallback | None:
+def refusal(
+    layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True, alone: bool = False
+) -> Fallback | None:
     """Return None where ours may answer this call, else the fallback, with its trial if one is due.
 
+    Where torch has no products of the dtype, and PEFT's backward pass takes minutes, the trial is
+    held before anybody answers.
+
     Args: key, (op, kind, N, K, rank, dtypes...), all that a class depends on but rows and device;
-        complete, whether the call is all that a trial has to measure.
+        complete, whether the call is all that a trial has to measure; alone, whether x is all that
+        the call gives the layer.
     """
     if torch.compiler.is_compiling():
         trusted = _trusted_in_graph(*key, x.device.type, x.device.index)
@@ -143,14 +155,24 @@ def refusal(layer: nn.Module, x: Tensor, key: tuple, *, complete: bool = True) -
         return None
     if found is None:
         found = _class_of((*key, *end))
+    if alone and complete and layer.training and found.unserved and _is_new(found):
+        found.adopt()
+        if not found.decided and trust.mode() != "off":
+            _settle(layer, x, found)
     return _refusal(layer, found, complete)
+
+
+def _is_new(found: LayerClass) -> bool:
+    """Return whether nobody has answered a call of a class, nor recomputes one."""
+    begun = found.decided or found.calls or found.pending
+    return not begun and torch._C._current_graph_task_id() == -1
 
 
 def _class_of(full: tuple) -> LayerClass:
     """Return the class of a whole key, with the verdict that is known of it when it is new."""
     found = _classes.get(full)
     if found is None:
-        found = _classes.setdefault(full, LayerClass(name_of(full), full[-1], full[2] + full[3]))
+        found = _classes.setdefault(full, LayerClass(full))
         found.adopt()
     return found
 
@@ -167,18 +189,24 @@ def settled(part: Callable[[], nn.Module], x: Tensor, key: tuple) -> str | None:
     if not found.decided:
         found.adopt()
     if not found.decided and trust.mode() != "off":
-        layer, beside = part(), ((), {})
-        if _possible(layer, x):
-            try:
-                with aside(x.device):
-                    _rehearse(layer, x, beside)
-                    begin = time.perf_counter()
-                    with torch.no_grad():
-                        layer.peer_forward(x.detach())
-                    _decide(layer, x, beside, found, time.perf_counter() - begin)
-            except Exception as error:
-                _give_up(found, error)
+        _settle(part(), x, found)
     return found.reason
+
+
+def _settle(layer: nn.Module, x: Tensor, found: LayerClass) -> None:
+    """Hold the trial of a class here and now, if it goes unnoticed."""
+    if not _possible(layer, x):
+        return
+    beside: Beside = ((), {})
+    try:
+        with aside(x.device):
+            _rehearse(layer, x, beside)
+            begin = time.perf_counter()
+            with torch.no_grad():
+                peer(layer, x.detach())
+            _decide(layer, x, beside, found, time.perf_counter() - begin)
+    except Exception as error:
+        _give_up(found, error)
 
 
 def _refusal(layer: nn.Module, found: LayerClass, complete: bool) -> Fallback | None:
@@ -395,8 +423,11 @@ def _decide(layer: Any, x: Tensor, beside: Beside, tried: LayerClass, seconds: f
     """Time both sides, and record whose the class is."""
     rows = x.numel() // x.shape[-1]
     fit = int(rows * contest.BUDGET / (_PASSES * max(seconds, 1e-9)))
-    least = crossovers.crossover("dense") // tried.width + 1
-    measured = min(rows, max(fit, LEAST_ROWS, least))
+    if tried.unserved:
+        least = max(_LEAST_ROWS_UNSERVED, crossovers.UNSERVED // (tried.N * tried.K) + 1)
+    else:
+        least = max(LEAST_ROWS, crossovers.crossover("dense") // (tried.N + tried.K) + 1)
+    measured = min(rows, max(fit, least))
     some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
     clock = contest.clock_of(x.device)
     beside = tree_map_only(Tensor, lambda t: t[:measured], beside)

@@ -31,7 +31,8 @@ class Weight:
     """A tensor of the base; shape and dtype are those of its values.
 
     infos: the stored tensor, or those of an NF4 weight, its packed codes first. nf4: blocksize and
-    whether absmax is nested; None for a dense tensor.
+    whether absmax is nested; None for a dense tensor. transposed: NF4 holds [N, K] of a Conv1D's
+    [K, N].
     """
 
     name: str
@@ -39,6 +40,7 @@ class Weight:
     shape: tuple[int, ...]
     infos: tuple[TensorInfo, ...]
     nf4: tuple[int, bool] | None = None
+    transposed: bool = False
 
     @property
     def info(self) -> TensorInfo:
@@ -51,7 +53,10 @@ class Weight:
     def read(self) -> Tensor:
         """Return its values, decoded to its dtype."""
         found = self.stored()
-        return dequantize_nf4(found) if isinstance(found, NF4Weight) else found
+        if isinstance(found, Tensor):
+            return found
+        dense = dequantize_nf4(found)
+        return dense.T.contiguous() if self.transposed else dense
 
     def stored(self) -> Tensor | NF4Weight:
         """Return its values as they are stored."""

@@ -108,6 +108,7 @@ def diagnose(import_seconds: float = IMPORT_SECONDS) -> Diagnosis:
         packages.append(Version(name, version, accepted(name), imports, error))
     found += [
         *check.build_findings(backends["cpu"]),
+        *check.product_findings(),
         *check.gpu_findings(devices[1:]),
         *check.served_findings(served),
         *check.test_findings(tested),

@@ -16,7 +16,7 @@ import torch
 
 from peftkern.backends import dispatch, trust
 from peftkern.backends.cpu import module as cpu_back_end
-from peftkern.backends.device import triton_interpreted, triton_missing
+from peftkern.backends.device import multiplies, triton_interpreted, triton_missing
 from peftkern.integrations.packages import (
     BNB_LIBRARY,
     Answer,
@@ -70,6 +70,12 @@ _TABLE = {
         NOTE,
         "this CPU has {isas}, the native library was built without",
         f"with a newer compiler (gcc 13 or clang 16), {_REBUILD}",
+    ),
+    "no_products": (
+        NOTE,
+        "torch has no matrix products in bfloat16 on this CPU: a backward pass through them takes "
+        "many times as long as in float32",
+        "patched layers have their own; load what has no adapter (lm_head) in float32",
     ),
     "torch_without_cuda": (
         NOTE,
@@ -221,6 +227,12 @@ def build_findings(cpu: dict[str, Any]) -> Iterator[Finding]:
         lacking = [isa for isa in machine_isas() if isa not in cpu["compiled_in"]]
         if lacking:
             yield finding("weak_native", isas=", ".join(lacking))
+
+
+def product_findings() -> Iterator[Finding]:
+    """Report a CPU on which torch has no products of the usual dtype of training."""
+    if not multiplies(torch.bfloat16):
+        yield finding("no_products")
 
 
 def machine_isas() -> list[str]:

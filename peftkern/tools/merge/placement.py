@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
+from transformers.pytorch_utils import Conv1D
 
 from peftkern.tools.checkpoints.architecture import (
     EXPERT,
     Load,
-    find_loads,
     load_targets,
     stacks_experts,
     transposes_experts,
 )
-from peftkern.tools.checkpoints.checkpoint import Checkpoint
 from peftkern.tools.checkpoints.weights import Weight
 
 
@@ -58,15 +57,29 @@ class Places:
     rearranged: dict[str, str]
 
 
+def as_parameters(
+    model: PreTrainedModel, loads: Iterable[Load], weights: Mapping[str, Weight]
+) -> dict[str, Weight]:
+    """Return the weights as the model has them: Conv1D's [K, N] is quantized as [N, K], which no
+    shape tells of a square one."""
+    turned = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)}
+    found = dict(weights)
+    for load in loads:
+        weight = found.get(load.info.name)
+        if load.target in turned and weight is not None and weight.nf4 is not None:
+            found[weight.name] = replace(weight, shape=weight.shape[::-1], transposed=True)
+    return found
+
+
 def find_places(
-    model: PreTrainedModel, checkpoint: Checkpoint, weights: Mapping[str, Weight]
+    model: PreTrainedModel, loads: Iterable[Load], weights: Mapping[str, Weight]
 ) -> Places:
     """Find the places of all weights in a model without memory for its weights."""
     parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found: dict[str, list[Place]] = defaultdict(list)
     together: dict[tuple[str, int | None], list[Load]] = defaultdict(list)
     rearranged: dict[str, str] = {}
-    for load in find_loads(model, checkpoint):
+    for load in loads:
         weight = weights.get(load.info.name)
         if weight is None:
             continue  # a part of an NF4 weight

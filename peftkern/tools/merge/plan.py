@@ -147,7 +147,8 @@ def _format(
     """Return a unit's nf4, transposed and trained_nf4."""
     trained = bool(options.as_trained) and weight.name in linear
     if weight.nf4 is not None:
-        return (weight.nf4 if options.out in ("keep", "nf4") else None), False, False
+        kept = weight.nf4 if options.out in ("keep", "nf4") else None
+        return kept, weight.transposed, False
     if options.out == "nf4" and weight.name in linear:
         return NF4_LAYOUT, linear[weight.name], trained
     return None, trained and linear[weight.name], trained

@@ -12,13 +12,13 @@ from transformers import PreTrainedModel
 
 from peftkern.tools.adapters import Adapter
 from peftkern.tools.adapters.adapter import base_made_with
-from peftkern.tools.checkpoints.architecture import meta_model
+from peftkern.tools.checkpoints.architecture import find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.checkpoints.companions import Companions, find_companions
 from peftkern.tools.checkpoints.weights import Weight, find_weights
 from peftkern.tools.merge.edits import Edit, check_shapes, match_adapters
 from peftkern.tools.merge.embeddings import Untied, change_config, untie
-from peftkern.tools.merge.placement import Places, find_places
+from peftkern.tools.merge.placement import Places, as_parameters, find_places
 from peftkern.tools.merge.plan import File, Options, main_dtype, merged_config, plan_files
 
 Adapters = Sequence[tuple[Adapter, float]]
@@ -49,7 +49,9 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     weights = find_weights(checkpoint)
     linear, quantization = _nf4_choice(checkpoint, weights, options)
     model = meta_model(checkpoint)
-    places = find_places(model, checkpoint, weights)
+    loads = list(find_loads(model, checkpoint))
+    weights = as_parameters(model, loads, weights)
+    places = find_places(model, loads, weights)
     edits = match_adapters(model, adapters, on_changed_base=options.changed_base)
     home = {p.parameter: weights[name] for name, ps in places.by_tensor.items() for p in ps}
     _forget_same_tables(model, home, edits)

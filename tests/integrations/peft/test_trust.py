@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import signal
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from untrusted import Child
 from waiting import wait_until
 
 import peftkern
-from peftkern.backends import contest, journal, trust
+from peftkern.backends import contest, device, journal, trust
 from peftkern.integrations.peft import casts, trial
 
 STEPS = 6
@@ -126,6 +127,41 @@ def test_two_clocks_have_to_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         untrusted.steps(3)
         sides += [verdict["side"] for verdict in trust.ledger(CPU).classes.values()]
     assert sides == [trust.OURS, trust.PEER]
+
+
+def test_one_round_that_is_long_and_plain_is_enough() -> None:
+    for theirs, rounds in ((9.0, 1), (2.0, contest.ROUNDS[0])):
+        calls = {"theirs": 0, "ours": 0}
+
+        def called(name: str, calls=calls) -> None:
+            calls[name] += 1
+
+        contenders = {name: functools.partial(called, name) for name in calls}
+
+        def clock(call, theirs=theirs) -> dict[str, float]:
+            call()
+            return {"wall": theirs if call.args == ("theirs",) else 1.0}
+
+        (outcome,) = contest.outcomes(contenders, clock, budget=0.0).values()
+        assert outcome.unanimous and outcome.ratios == {"wall": 1 / theirs}
+        assert set(calls.values()) == {1 + rounds}  # and the one before
+
+
+@pytest.mark.parametrize("products", [True, False])
+def test_the_first_call_is_tried_before_it_is_answered(
+    products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch has no 16-bit products, a single backward pass of PEFT's takes minutes."""
+    monkeypatch.setitem(device._MULTIPLIES, torch.bfloat16, products)
+    monkeypatch.setattr(contest, "SLOWER", float("inf"))
+    net = lora_net(make_linear4bit(), lora_dropout=0.5).train()
+    peftkern.patch(net)
+    peftkern.reset_stats()
+    with torch.autocast("cpu", torch.bfloat16):
+        net(torch.randn(30, K).requires_grad_()).float().sum().backward()
+    served = trial.UNMEASURED not in {reason for _, reason in peftkern.stats().fallbacks}
+    assert served is not products
+    assert bool(trust.ledger(CPU).classes) is not products
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

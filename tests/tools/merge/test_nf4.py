@@ -14,6 +14,7 @@ from merged_folders import (
     load,
     make_model,
     merge,
+    merged_by_peft,
     save_adapter,
     save_base,
 )
@@ -26,6 +27,8 @@ from peftkern.formats.nf4 import NF4Weight
 from peftkern.tools.adapters import read_adapter
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 
+GPT2 = {"family": "GPT2", "head": "LMHeadModel", "n_embd": 64, "n_layer": 1, "n_head": 4}
+C = ["c_attn", "c_proj", "c_fc"]
 Q = "model.layers.0.self_attn.q_proj"
 NORM = "model.norm.weight"
 
@@ -139,18 +142,38 @@ def test_adapter_trained_on_the_base_in_nf4(tmp_path: Path) -> None:
     assert_same_tensors(load_tensors(tmp_path / "out"), expected)
 
 
-def test_trained_on_conv1d_in_nf4(tmp_path: Path) -> None:
-    """Whose layers transformers turns before they are quantized: blocks lie along the inputs."""
-    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}
-    model = make_model(family="GPT2", head="LMHeadModel", **sizes)
+@pytest.mark.parametrize(
+    ("given", "options", "config"),
+    [
+        ("nf4", {"out": "bf16"}, {"target_modules": ["attn.c_proj"]}),
+        ("nf4", {"out": "bf16"}, {"target_modules": C, "use_dora": True}),
+        ("nf4", {"out": "keep"}, {"target_modules": C}),
+        ("nf4", {"out": "nf4"}, {"target_modules": C}),
+        ("base", {"out": "nf4"}, {"target_modules": C}),
+        ("base", {"as_trained": "nf4"}, {"target_modules": C}),
+        ("base", {"as_trained": "nf4", "out": "nf4"}, {"target_modules": C}),
+    ],
+)
+def test_conv1d_is_stored_the_other_way_round(tmp_path: Path, given, options, config) -> None:
+    """In NF4, which no shape tells of the square c_proj. PEFT merges into what was trained on."""
+    model = make_model(**GPT2, n_inner=96)
     base = save_base(tmp_path / "base", model)
-    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["c_attn"])
-    merge(base, adapter, to=tmp_path / "out", as_trained="nf4")
-    convert(base, tmp_path / "trained", double_quant=False)
-    name = "transformer.h.0.mlp.c_fc.weight"
-    trained = decoded(load_tensors(tmp_path / "trained"))[name]
-    assert trained.shape == (256, 64)
-    assert torch.equal(load_tensors(tmp_path / "out")[name], trained.T)
+    adapter = save_adapter(tmp_path / "adapter", model, **config)
+    trained = base
+    if given == "nf4" or "as_trained" in options:
+        convert(base, tmp_path / "nf4", double_quant=given == "nf4")
+        stored = load_tensors(tmp_path / "nf4")
+        dense = decoded(stored)
+        turned = {k: v.T if f"{k}.absmax" in stored else v for k, v in dense.items()}
+        assert len(stored) - len(turned) >= 4 * 3  # layers, and parts beside the packed codes
+        model.load_state_dict(turned, strict=False)
+        trained = save_base(tmp_path / "trained", model)
+    expected = merged_by_peft(trained, adapter, tmp_path / "expected")
+    if options.get("out", "keep") != "bf16" and "nf4" in (given, options.get("out")):
+        convert(tmp_path / "expected", tmp_path / "expected in nf4")
+        expected = load_tensors(tmp_path / "expected in nf4")
+    merge(tmp_path / given, adapter, to=tmp_path / "out", **options)
+    assert_same_tensors(load_tensors(tmp_path / "out"), expected)
 
 
 def test_residual_adapter_brings_back_most_of_what_is_lost(tmp_path: Path) -> None:
