@@ -69,7 +69,7 @@ def check(spec: Spec, case: Case, limit: float = math.inf) -> Built:
     """
     rows = {name: Row() for name in case.variants}
     built = Built(rows, case.dtype, None, spec.peer_wrong, case)
-    quick = limit == math.inf or machine.has_product(case.dtype, CPU)
+    quick = limit == math.inf or machine.has_products(case.dtype, CPU)
     for name, variant in case.variants.items():
         torch.manual_seed(SEED)
         row = rows[name]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftkern.formats.nf4 import NESTED_BLOCKSIZE, NF4_CODE, NF4Weight, dynamic_map
-from peftkern.tools.bench.machine import has_product
+from peftkern.tools.bench.machine import has_products
 
 BLOCKSIZE = 64
 Tensors = dict[str, Tensor]
@@ -46,7 +46,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     of 16-bit numbers can be nearer to the exact one, so that the bound is not looser than by
     torch's own, which takes half a minute for a layer.
     """
-    if has_product(a.dtype, a.device):
+    if has_products(a.dtype, a.device):
         return a @ b
     return (a.float() @ b.float()).to(a.dtype)
 

@@ -14,7 +14,7 @@ import torch
 
 import peftkern
 from peftkern.backends.cpu.module import cpu_isa, cpu_isas
-from peftkern.backends.device import device_info, triton_interpreted
+from peftkern.backends.device import device_info, multiplies, triton_interpreted
 from peftkern.integrations.packages import installed_version
 from peftkern.tools.bench.gpu_timer import measure_events
 from peftkern.tools.bench.timer import measure
@@ -37,13 +37,9 @@ def device_named(name: str) -> torch.device:
     return torch.device(name)
 
 
-def has_product(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether torch multiplies matrices of this dtype fast: on a CPU in 16 bits if oneDNN
-    does. Otherwise some products, such as dy @ W, run in one thread, a hundred times slower."""
-    if device.type != "cpu" or dtype.itemsize != 2:
-        return True
-    asked = f"_is_mkldnn_{'bf16' if dtype is torch.bfloat16 else 'fp16'}_supported"
-    return torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, asked)()
+def has_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether torch has matrix products of a dtype on the device."""
+    return device.type != "cpu" or multiplies(dtype)
 
 
 def cache_bytes() -> int:
@@ -175,7 +171,7 @@ def roof(
     sizes = {}
     for name in dtypes:
         dtype = getattr(torch, name)
-        sizes[name] = size = gemm if has_product(dtype, device) else max(256, gemm // SLOWER)
+        sizes[name] = size = gemm if has_products(dtype, device) else max(256, gemm // SLOWER)
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         variants[name] = lambda i, a=a, b=b: torch.nn.functional.linear(a, b)
     timings = (measure_events if device.type == "cuda" else measure)(variants, seconds=seconds)
