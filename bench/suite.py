@@ -68,7 +68,7 @@ def check(spec: Spec, case: Case, limit: float = math.inf) -> Built:
     A peer has `limit` seconds for its first call where torch may take a minute for it.
     """
     rows = {name: Row() for name in case.variants}
-    built = Built(rows, case.dtype, None, spec.peer_wrong, case)
+    built = Built(rows, case.dtype, None, spec.peer_wrong, case=case)
     quick = limit == math.inf or machine.has_products(case.dtype, CPU)
     for name, variant in case.variants.items():
         torch.manual_seed(SEED)

@@ -262,7 +262,7 @@ def test_a_stopped_call_is_a_lower_bound_and_marked_as_one(tmp_path, capfd):
     records.check(found)
     _, out = printed(found, tmp_path, capfd, f"--csv={tmp_path / 'new.csv'}")
     lines = [line.split() for line in out.splitlines() if line.startswith("peft ")]
-    assert lines == [[*"peft > 4500 >".split(), f"{least}x"] for least in ("45", "45", "0.5")]
+    assert lines == [[*["peft", ">", "4500", ">"], f"{least}x"] for least in ("45", "45", "0.5")]
     said = "> 4.5 s a call: the first one was stopped then"
     assert out.count(said) == 3 and "1 faster" not in out and "2 faster, 1 slower" in out
     assert (tmp_path / "new.csv").read_text().count(",4500.0,") == 3
