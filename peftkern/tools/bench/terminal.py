@@ -49,16 +49,14 @@ def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
             if why := row["wrong"] or row["failed"]:
                 kind = "WRONG" if row["wrong"] else "FAILED"
                 yield Text(f"{kind} {row['label']}, {case['name']}: {why}", style="red")
-            if bound := first_call(row):
-                yield Text(f"{row['label']}, {case['name']}: {bound}", style="yellow")
             if row["note"]:
                 yield Text(f"{row['label']}, {case['name']}: left to others: {row['note']}")
         for said in case.get("said", []):
             yield Text(said)
         for reason, count in case.get("fell_back", {}).items():
             yield Text(f"{case['name']}: fell back {count} times: {reason}")
-    if above := above_roof(record):
-        yield Text(above, style="yellow")
+    for warning in filter(None, (stopped(record), above_roof(record))):
+        yield Text(warning, style="yellow")
     for facts in record.get("answers", []):
         yield Text(answer(facts))
     for name, why in (record["not_installed"] | record.get("failed", {})).items():
@@ -210,10 +208,20 @@ def is_above(row: Provider) -> bool:
 
 
 def first_call(row: Provider) -> str | None:
-    """Return that only a lower bound of its time is known."""
-    if not (bound := row.get("at_least_ms")):
-        return None
-    return f"> {number(bound / 1e3)} s a call: the first one was stopped then"
+    """Return the lower bound of a call's time, if that is all that is known."""
+    bound = row.get("at_least_ms")
+    return f"> {number(bound / 1e3)} s a call" if bound else None
+
+
+def stopped(record: Record) -> str | None:
+    """Return a line that lists the lower bounds, and says what they are."""
+    found = [
+        f"{row['label']}, {case['name']}: {bound}"
+        for case in record["cases"]
+        for row in case["providers"].values()
+        if (bound := first_call(row))
+    ]
+    return f"lower bounds, of first calls that were stopped: {'; '.join(found)}" if found else None
 
 
 def title(case: Case, without: str = "") -> str:
