@@ -48,7 +48,7 @@ from peftkern.tools.bench.timer import measure, pin_threads
 from peftkern.tools.bench.training_run import TrainingBench
 from peftkern.tools.bench.training_worker import Worker
 
-PATIENCE = 10.0  # times the seconds of a variant, for a slow peer's first call on a CPU
+PATIENCE = 10.0  # times a variant's seconds, or one, for a slow peer's first call on a CPU
 POLL_SECONDS = 0.01
 GRAPH_SHARE = 0.5  # of a variant's time, added for replayed graphs
 MOST_SECONDS = 3600.0  # of training steps without a budget
@@ -187,8 +187,8 @@ class InProcess(Runner[Named]):
             raise RuntimeError(f"{case.name}: built {tuple(built.variants)}, not {case.names}")
         peftkern.reset_stats()
         share = FIRST_CALLS * (until - time.monotonic()) / len(built.variants)
-        limit = max(LEAST, min(PATIENCE * self.seconds, share))
-        return check(case, built, math.inf if self.on_gpu else limit)
+        limit = min(PATIENCE * max(1.0, self.seconds), max(LEAST, share))
+        return check(case, built, math.inf if self.on_gpu or triton_interpreted() else limit)
 
     def time(self, case: Spec, checked: Built, right: list[str], until: float, tick: Tick) -> bool:
         """Time every variant for its seconds, whatever the deadline: the case was begun."""

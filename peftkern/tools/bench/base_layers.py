@@ -42,9 +42,9 @@ def has(package: str) -> bool:
 def product(a: Tensor, b: Tensor) -> Tensor:
     """Compute a @ b in plain torch for a bound of errors, gradients alike.
 
-    Where torch has no fast product of the dtype it is made in float32 and rounded once. No product
-    of 16-bit numbers can be nearer to the exact one, so that the bound is not looser than by
-    torch's own, which takes half a minute for a layer.
+    Where torch has no products of the dtype, and takes half a minute for a layer, it is computed
+    in float32 and rounded once: no result of the dtype is nearer to the exact one, so that the
+    bound is not looser than by torch's own.
     """
     if has_products(a.dtype, a.device):
         return a @ b

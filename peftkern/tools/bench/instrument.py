@@ -103,14 +103,12 @@ class Bench(Runner[Problem]):
         """
         tick("starting", 0.0)
         self._start([REFEREE], [])
-        dtypes = {problem.dtype for problem in self.problems}
-        if self.device == "cpu":
-            dtypes |= {"float32"}  # the roof of the others, too, where they are slow
+        dtypes = sorted({problem.dtype for problem in self.problems})
         small = max(p.N * p.K * (p.E or 1) for p in self.problems) < 1 << 20
         tick("ceilings of this machine", 0.0)
         if REFEREE not in self.processes:
             raise self._no_ceilings(self.gone[REFEREE])
-        asked = {"seconds": 0.0 if small else 0.3, "dtypes": sorted(dtypes), "small": small}
+        asked = {"seconds": 0.0 if small else 0.3, "dtypes": dtypes, "small": small}
         try:
             referee = self.processes[REFEREE]
             roof = referee.ask(self.deadline, "measuring the ceilings", "roof", **asked)
@@ -230,19 +228,23 @@ class Bench(Runner[Problem]):
         waiting = [name for name in rows if rows[name].failed is None]
         half = self._share(until)
         while waiting:
-            name, began, seconds = waiting.pop(0), time.monotonic(), None
+            name, began, called = waiting.pop(0), time.monotonic(), False
             limit = max(LEAST, (half - began) / (1 + len(waiting)))
             end = self.deadline if name == OURS else min(self.deadline, began + limit)
             try:
                 process = self.processes[name]
-                seconds = process.ask(end, "in its first call", "first")["seconds"]
-                warm = name == OURS or checked.allow(name, seconds, limit)
-                end = min(self.deadline, time.monotonic() + SLOWEST_CALL)
-                answers[name] = process.ask(end, "checking the results", "check", warm=warm)
+                process.ask(end, "in its first call", "first")
+                called, more, doing = True, {}, "checking the results"
+                if name != OURS:
+                    end = min(self.deadline, time.monotonic() + SLOWEST_CALL)
+                    more = {"limit": limit}
+                answers[name] = process.ask(end, doing, "check", **more)
+                if name != OURS:
+                    checked.allow(name, answers[name]["seconds"], limit)
             except WorkerError as error:
-                slow = isinstance(error, WorkerSlowError) and seconds is None and name != OURS
+                slow = isinstance(error, WorkerSlowError) and not called and name != OURS
                 if slow and (":" in name or not provider(name).compiles):
-                    rows[name].at_least = time.monotonic() - began
+                    rows[name].at_least = end - began
                     self.processes.pop(name).stop()
                 else:
                     self._note_failures(rows, {name: error})
