@@ -20,8 +20,7 @@ from make_tables import PLOTS, ROOT, THEMES, plot_name, shown
 from record_tables import TITLES, short
 
 from peftkern.tools import charts
-from peftkern.tools.bench.report_figures import bar_of
-from peftkern.tools.bench.terminal import speed_up
+from peftkern.tools.bench.report_figures import bar_of, compares
 
 WIDTH = 720  # of a page's column, about
 LEGEND = (
@@ -34,7 +33,7 @@ def pairs(record: dict) -> list[charts.Bar]:
         bar_of(case, peer, f"{short(case)} · {theirs['label']}")
         for case in record["cases"]
         for peer, theirs in case["providers"].items()
-        if speed_up(case, peer)
+        if compares(case, peer)
     ]
 
 

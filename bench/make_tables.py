@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from record_tables import TITLES, heading, markdown, tables, timing
+from record_tables import TITLES, heading, markdown, tables, times, timing
 
 from peftkern.tools.bench import record as records
 from peftkern.tools.bench.record import OURS
@@ -119,10 +119,12 @@ def summary(results: Path, stem: str = "nf4_lora_linear") -> str:
 
 
 def headline(case: dict) -> str:
-    """Format the ratio of bitsandbytes under PEFT as it trains, then that of the fastest peer."""
-    found = {peer: one for peer in SIDE_BY_SIDE if (one := ratio(case, peer))}
-    in_training = found.get("bitsandbytes + PEFT")
-    return f"**{in_training:.2f}x** ({min(found.values()):.2f}x)" if in_training else ""
+    """Format the ratio of bitsandbytes under PEFT as it trains, then that of the fastest peer, of
+    those whose time is known."""
+    found = [one for peer in SIDE_BY_SIDE if (one := ratio(case, peer))]
+    in_training = times(case, "bitsandbytes + PEFT")
+    fastest = f" ({min(found):.2f}x)" if found else ""
+    return f"{in_training}{fastest}" if in_training else ""
 
 
 def side_by_side(results: Path, stem: str = "nf4_lora_linear") -> list[str]:
@@ -158,8 +160,7 @@ def when(found: list[dict]) -> str:
 
 def compared(case: dict) -> list[str]:
     """Format peftkern's time and the ratios of those that stand side by side."""
-    found = [ratio(case, peer) for peer in SIDE_BY_SIDE]
-    return [timing(case["providers"][OURS]), *(f"**{one:.2f}x**" if one else "" for one in found)]
+    return [timing(case["providers"][OURS]), *(times(case, peer) for peer in SIDE_BY_SIDE)]
 
 
 def plot_name(device: str, theme: str) -> str:
@@ -178,12 +179,15 @@ def picture(device: str) -> str:
 
 def section(results: Path) -> str:
     """Format everything between the markers."""
-    parts, on_gpu, above = [], False, False
+    parts, on_gpu, above, bounds = [], False, False, False
     for device, found in shown(results).items():
         parts.append(picture(device))
         for stem, record in found.items():
             on_gpu |= record["environment"]["gpu"] is not None
             above |= any((c["providers"][OURS]["share_of_roof"] or 0) > 1 for c in record["cases"])
+            bounds |= any(
+                row.get("at_least_ms") for c in record["cases"] for row in c["providers"].values()
+            )
             parts += [heading(stem, record), *tables(stem, record)]
     parts += side_by_side(results)
     if not parts:
@@ -198,6 +202,11 @@ def section(results: Path) -> str:
         legend += (
             " Above 100% of it: what was written stayed in a cache, or more was read than written;"
             " the copy, beyond the caches and half of it writing, is no bound for that."
+        )
+    if bounds:
+        legend += (
+            " After a > stands a lower bound: the first call was stopped after that time; it says"
+            " nothing more."
         )
     if on_gpu:
         legend += (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftkern.tools.bench.record import OURS
-from peftkern.tools.bench.rows import ratio
+from peftkern.tools.bench.rows import ratio, ratio_at_least
 from peftkern.tools.bench.timer import number
 
 TITLES = {  # in the order of the tables
@@ -33,10 +33,19 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def timing(row: dict) -> str:
+    if bound := row.get("at_least_ms"):
+        return f"> {number(bound)}"
     if row["median_ms"] is None:
         return "WRONG" if row["wrong"] else "FAILED"
     middle = number(row["median_ms"])
     return f"{middle} [{number(row['p20_ms'])}-{number(row['p80_ms'])}]"
+
+
+def times(case: dict, peer: str) -> str:
+    """Format the peer's time over ours, or a lower bound of it; "" without either."""
+    if least := ratio_at_least(case, peer):
+        return f"**> {least:.2f}x**"
+    return f"**{found:.2f}x**" if (found := ratio(case, peer)) else ""
 
 
 def peer_cell(case: dict, peer: str) -> str:
@@ -44,12 +53,10 @@ def peer_cell(case: dict, peer: str) -> str:
     theirs = case["providers"].get(peer)
     if theirs is None:
         return ""
-    if theirs["median_ms"] is None:
-        return timing(theirs)
-    text = number(theirs["median_ms"])
-    if (found := ratio(case, peer)) is None:
+    text = timing(theirs) if theirs["median_ms"] is None else number(theirs["median_ms"])
+    if not (found := times(case, peer)):
         return text
-    text += f", **{found:.2f}x**"
+    text += f", {found}"
     if replayed := ratio(case, peer, "graph_ms"):
         text += f" / {replayed:.2f}x"
     for target in case["targets"]:

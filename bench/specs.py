@@ -68,13 +68,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class Case:
-    """Variants that do the same work: at least `bytes` of traffic and `flops` in `dtype`."""
+    """Variants that do the same work: at least `bytes` of traffic and `flops` in `dtype`; `eager`:
+    the error (rms, max) of plain torch, for the bound of ours where the judge is too slow."""
 
     variants: dict[str, Variant]
     bytes: int
     flops: int
     dtype: torch.dtype
     problem: Problem | None = None  # of `peftkern bench`, where it is one of its cases
+    eager: Callable[[], tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,13 @@ def of_problem(
             warm=0 if problem.trains else len(layers),
         )
 
+    def eager() -> tuple[float, float]:
+        found = data.eager_errors(problem, tensors, right)
+        return found["rms"], found["max"]
+
     variants = {name: variant(name, provider) for name, provider in peers.items()}
-    return Case(variants, *problem.work(), getattr(torch, problem.dtype), problem=problem)
+    dtype = getattr(torch, problem.dtype)
+    return Case(variants, *problem.work(), dtype, problem=problem, eager=eager)
 
 
 def spec_of(

@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -23,7 +24,7 @@ import graphs
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from specs import Case, Named, Options, Spec, Steps, sized
+from specs import CPU, Case, Named, Options, Spec, Steps, sized
 
 import peftkern
 from peftkern.backends import dispatch
@@ -34,12 +35,21 @@ from peftkern.tools.bench.gpu_timer import first_line, measure_events
 from peftkern.tools.bench.memory import peak_bytes
 from peftkern.tools.bench.peers import SEED
 from peftkern.tools.bench.record import OURS
-from peftkern.tools.bench.rows import Row, calls_of_ours, case_record, new_record, ratio
-from peftkern.tools.bench.runner import Checked, Runner, Tick
+from peftkern.tools.bench.rows import (
+    Row,
+    calls_of_ours,
+    case_record,
+    new_record,
+    ratio,
+    ratio_at_least,
+)
+from peftkern.tools.bench.runner import FIRST_CALLS, LEAST, Checked, Runner, Tick
 from peftkern.tools.bench.timer import measure, pin_threads
 from peftkern.tools.bench.training_run import TrainingBench
 from peftkern.tools.bench.training_worker import Worker
 
+PATIENCE = 10.0  # times a variant's seconds, or one, for a slow peer's first call on a CPU
+POLL_SECONDS = 0.01
 GRAPH_SHARE = 0.5  # of a variant's time, added for replayed graphs
 MOST_SECONDS = 3600.0  # of training steps without a budget
 One = TypeVar("One", bound=Named)
@@ -52,22 +62,33 @@ class Built(Checked):
     case: Case | None = None
 
 
-def check(spec: Spec, case: Case) -> Built:
-    """Compare one call of each variant with float64; the judge's error bounds ours."""
+def check(spec: Spec, case: Case, limit: float = math.inf) -> Built:
+    """Compare one call of each variant with float64; the judge's error bounds ours.
+
+    A peer has `limit` seconds for its first call where torch may take a minute for it.
+    """
     rows = {name: Row() for name in case.variants}
+    built = Built(rows, case.dtype, None, spec.peer_wrong, case=case)
+    quick = limit == math.inf or machine.has_products(case.dtype, CPU)
     for name, variant in case.variants.items():
         torch.manual_seed(SEED)
         row = rows[name]
         row.no_graph = variant.no_graph
+        bounded = not quick and name != OURS
+        if bounded and stopped(variant.call, limit):
+            row.at_least = limit / torch.get_num_threads()
+            continue
         try:
             start = time.perf_counter()
             returned = variant.call(0)
+            seconds = time.perf_counter() - start
+            warm = not variant.multiplied and (not bounded or built.allow(name, seconds, limit))
             if variant.multiplied:
-                row.samples = [(time.perf_counter() - start) * variant.multiplied]
+                row.samples = [seconds * variant.multiplied]
             if variant.errors is not None:
                 row.error_rms, row.error_max = variant.errors(returned)
             result = variant.result(returned)
-            for i in range(variant.warm if not variant.multiplied else 0):
+            for i in range(variant.warm if warm else 0):
                 variant.call(i + 1)
         except Exception as error:  # the other variants still count
             if torch.cuda.is_available():
@@ -79,8 +100,32 @@ def check(spec: Spec, case: Case) -> Built:
             pairs = [errors(g, o) for g, o in zip(result, variant.oracle, strict=True)]
             row.error_rms, row.error_max = (max(pair[i] for pair in pairs) for i in (0, 1))
     judge = rows[spec.judge]
-    eager = None if judge.error_rms is None else (judge.error_rms, judge.error_max)
-    return Built(rows, case.dtype, eager, spec.peer_wrong, case)
+    if judge.at_least is not None and case.eager is not None:
+        built.eager = case.eager()
+    elif judge.error_rms is not None:
+        built.eager = judge.error_rms, judge.error_max
+    return built
+
+
+def stopped(call: Callable[[int], object], limit: float) -> bool:
+    """Make a first call in a fork of this process; return whether it was stopped at the limit.
+
+    A fork has none of OpenMP's threads and may use one, so that the same call here takes at least
+    1 / threads of the limit.
+    """
+    if not (pid := os.fork()):
+        with contextlib.suppress(BaseException):  # it will fail here, too
+            torch.set_num_threads(1)
+            call(0)
+        os._exit(0)
+    end = time.monotonic() + limit
+    while not os.waitpid(pid, os.WNOHANG)[0]:
+        if time.monotonic() >= end:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return True
+        time.sleep(POLL_SECONDS)
+    return False
 
 
 class InProcess(Runner[Named]):
@@ -135,21 +180,25 @@ class InProcess(Runner[Named]):
         found["against"] = found["against"] and "PEFT"
         return found | {"name": case.name, "shape": case.short_name, "command": ""}
 
-    def check(self, case: Spec, tick: Tick) -> Built:
+    def check(self, case: Spec, until: float, tick: Tick) -> Built:
         tick(case.short_name, 0.0)
         built = case.build(sized(case, self.options))
         if tuple(built.variants) != case.names:
             raise RuntimeError(f"{case.name}: built {tuple(built.variants)}, not {case.names}")
         peftkern.reset_stats()
-        return check(case, built)
+        share = FIRST_CALLS * (until - time.monotonic()) / len(built.variants)
+        limit = min(PATIENCE * max(1.0, self.seconds), max(LEAST, share))
+        return check(case, built, math.inf if self.on_gpu or triton_interpreted() else limit)
 
     def time(self, case: Spec, checked: Built, right: list[str], until: float, tick: Tick) -> bool:
         """Time every variant for its seconds, whatever the deadline: the case was begun."""
         variants, rows = checked.case.variants, checked.rows
         calls = {name: variants[name].call for name in right if not variants[name].multiplied}
-        timings = (measure_events if self.on_gpu else measure)(
-            calls, seconds=self.seconds, tick=lambda share: tick(case.short_name, share)
-        )
+        how = {"seconds": self.seconds, "tick": lambda share: tick(case.short_name, share)}
+        if self.on_gpu:
+            timings = measure_events(calls, **how)
+        else:
+            timings = measure(calls, few=checked.few, **how)
         for name, timing in timings.items():
             rows[name].samples = list(timing.samples)
         if self.on_gpu:
@@ -192,7 +241,8 @@ def reached(spec: Spec, record: dict) -> Iterator[dict]:
     """Yield the targets with what was measured."""
     for target in spec.targets:
         found = ratio(record, target.peer)
-        met = found is not None and found >= target.at_least
+        known = found or ratio_at_least(record, target.peer)
+        met = known is not None and known >= target.at_least
         yield {
             **{"peer": target.peer, "at_least": target.at_least, "launches_at_most": None},
             **{"measured": found, "met": met},

@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -18,8 +19,8 @@ from paths import STUDIES
 from processes import run_python
 from scripts import run_here
 
+from peftkern.tools.bench import machine, timer
 from peftkern.tools.bench import record as records
-from peftkern.tools.bench import timer
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.rows import new_record
 
@@ -289,6 +290,40 @@ def test_benchmark_gives_no_time_to_a_wrong_result(damage: float) -> None:
     assert bad["providers"][OURS]["median_ms"] is None
     assert bad["targets"][0]["measured"] is None
     assert bad["providers"]["peer"]["median_ms"] > 0
+
+
+def test_a_peer_that_is_too_slow_for_its_slot_is_a_bound(monkeypatch) -> None:
+    """Where torch has no products of a dtype; ours has its time, and a bound of its error."""
+    monkeypatch.setattr(machine, "has_products", lambda dtype, device: False)
+    monkeypatch.setattr(suite, "PATIENCE", limit := 0.5)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    one = torch.ones(2)
+
+    def spec(ours: torch.Tensor) -> specs.Spec:
+        def variant(value: torch.Tensor, seconds: float) -> specs.Variant:
+            return specs.Variant(lambda i: (time.sleep(seconds), value)[1], (one.double(),))
+
+        variants = {OURS: variant(ours, 0.0), "hangs": variant(one, 3600.0)}
+        variants["slow"] = variant(one, 0.15)  # of which three fit
+        eager = lambda: (0.0, 0.0)  # noqa: E731
+        case = specs.Case(variants, 8, 0, torch.float32, eager=eager)
+        targets = (specs.Target("hangs", 1.0), specs.Target("hangs", 1e9))
+        return specs.Spec("x/y", lambda options: case, tuple(variants), "hangs", targets)
+
+    record = new_record({}, {"copy": 1e9, "float32": 1e9})
+    runner = suite.InProcess(record, specs.Options(), 0.0)
+    runner.run_cases([spec(one), spec(1.01 * one)], lambda *_: None)
+    good, bad = record["cases"]
+    hangs, slow = good["providers"]["hangs"], good["providers"]["slow"]
+    assert hangs["at_least_ms"] == 1e3 * limit / torch.get_num_threads()
+    assert hangs["median_ms"] is hangs["failed"] is hangs["wrong"] is None
+    assert 1 <= len(slow["samples_ms"]) <= 3 and slow["median_ms"] >= 150
+    assert good["against"] == "slow" and good["providers"][OURS]["median_ms"] > 0
+    assert [(one["measured"], one["met"]) for one in good["targets"]] == [
+        (None, True),
+        (None, False),
+    ]
+    assert "bound" in bad["providers"][OURS]["wrong"]
 
 
 def test_timer_numbers_the_calls_of_each_variant() -> None:

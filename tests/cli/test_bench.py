@@ -21,8 +21,9 @@ from processes import environment
 from waiting import wait_until
 
 from peftkern.cli import main
-from peftkern.tools.bench import command, instrument, report
+from peftkern.tools.bench import command, instrument, report, runner
 from peftkern.tools.bench.record import FORMAT, Case, Provider, Record
+from peftkern.tools.bench.timer import number
 
 TINY = ["--device=cpu", "--threads=1", "--shapes=24x64x128", "--r=4", "--seconds=0.1"]
 BUDGET = 600.0  # seconds: seven processes import on one core, which others may use as well
@@ -72,10 +73,11 @@ def rivals(tmp_path_factory) -> tuple[int, str, Record]:
     """One case beside baselines of every kind of misbehavior, and an earlier run that was better
     than this one can be: its status, output and record.
 
-    One of them would hang for an hour. When the others have answered, the patience with it is over.
+    One of them would hang for an hour in its build, one in its first call. When the others have
+    answered, the patience with them is over.
     """
     folder = tmp_path_factory.mktemp("rivals")
-    names = ["right", "wrong", "raising", "crashing", "hanging"]
+    names = ["sleeping", "right", "wrong", "raising", "crashing", "hanging"]
     case = "lora_linear/24x64x128/M24/r4/bfloat16/full"
     right = "bench_providers:right"
     arguments = ["--op=lora_linear", f"--json={folder / 'new.json'}", f"--budget={BUDGET:g}"]
@@ -84,6 +86,7 @@ def rivals(tmp_path_factory) -> tuple[int, str, Record]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(SUPPORT)  # where bench_providers is
         patch.setattr(instrument, "PATIENCE", 3 / BUDGET)
+        patch.setattr(instrument, "FIRST_CALLS", 24 / BUDGET)
         status, said = run_tiny(200, *arguments)
     return status, said, json.loads((folder / "new.json").read_text())
 
@@ -105,7 +108,8 @@ def test_every_provider_is_right_and_timed(peers):
     for case in record["cases"]:
         assert set(Case.__annotations__) == set(case)
         roof = record["roof"]
-        floor = max(case["bytes"] / roof["copy"], case["flops"] / roof["bfloat16"])
+        products = max(roof["bfloat16"], roof["float32"])
+        floor = max(case["bytes"] / roof["copy"], case["flops"] / products)
         assert case["floor_ms"] == pytest.approx(1e3 * floor)
         for name, row in case["providers"].items():
             where = f"{case['name']} {name}"
@@ -181,12 +185,24 @@ def test_a_wrong_provider_shows_no_time_and_a_broken_one_costs_nobody_else(rival
     assert rows["crashing"]["failed"] == "killed by SIGABRT: Fatal: out of bounds"
     assert rows["hanging"]["failed"].endswith("while building the layers")
     assert record["budget_s"] == BUDGET and record["elapsed_s"] < BUDGET
+    _never_answers(case, rows["sleeping"], said)
     lines = said.splitlines()
     for name in ("wrong", "raising", "crashing", "hanging"):
         assert rows[name]["median_ms"] is None and rows[name]["samples_ms"] == []
         (line,) = [line for line in lines if line.startswith(f"bench_providers:{name} ")]
         assert line.split()[1:] == ["WRONG" if name == "wrong" else "FAILED"]
         assert any(line.startswith(("WRONG", "FAILED")) and name in line for line in lines)
+
+
+def _never_answers(case: dict, row: dict, said: str) -> None:
+    """Of it a lower bound is known, and that is told as one."""
+    assert row["median_ms"] is row["failed"] is row["wrong"] is None and row["samples_ms"] == []
+    least = row["at_least_ms"]
+    assert 1e3 * runner.LEAST <= least < 1e3 * BUDGET
+    times = number(least / case["providers"]["peftkern"]["median_ms"])
+    (line,) = [one for one in said.splitlines() if one.startswith("bench_providers:sleeping ")]
+    assert line.split()[1:] == [">", number(least), ">", f"{times}x"]
+    assert f": > {number(least / 1e3)} s a call" in " ".join(said.split())
 
 
 def test_a_budget_for_nothing_is_one_clear_line(tmp_path, capfd, monkeypatch):
@@ -217,14 +233,20 @@ def test_workers_die_with_a_killed_parent(tmp_path):
         stdout=subprocess.DEVNULL,
     )
     try:
-        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-        wait_until(lambda: len(children.read_text().split()) == 3)  # the referee, ours, and one
-        workers = children.read_text().split()
-        time.sleep(1)  # into their imports
+        # The one that forks the others, and the referee.
+        wait_until(lambda: len(below(parent.pid)) >= 2)
+        time.sleep(1)  # into their work
+        workers = below(parent.pid)
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     wait_until(lambda: not any(map(is_running, workers)))
+
+
+def below(process: int | str) -> list[str]:
+    """The children of a process, and theirs."""
+    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return [*children, *(other for one in children for other in below(one))]
 
 
 def is_running(process: str) -> bool:

@@ -66,6 +66,29 @@ def test_a_wrong_result_has_no_bar():
     assert make_plots.pairs(wrong) == []
 
 
+def test_a_lower_bound_is_shown_as_one(results):
+    slow = record(peftkern=2.0, peer=4.0)
+    (one,) = slow["cases"]
+    one["providers"]["peer"] = provider("peer", at_least_ms=9000.0)
+    one["targets"] = [{"peer": "peer", "at_least": 25, "launches_at_most": None, "met": True}]
+    one["targets"][0]["measured"] = None
+    assert "stands a lower bound" not in make_tables.section(results)
+    machine.write_json(results / "cpu" / "nf4.json", slow)
+    text = make_tables.section(results)
+    assert "| a/bf16 | 2 [1.8-2.2] |" in text and "| > 9000, **> 4500.00x** (25x ✓) |" in text
+    assert "After a > stands a lower bound" in text
+    ((bar,),) = (make_plots.pairs(found["nf4"]) for found in make_tables.shown(results).values())
+    assert (bar.says, bar.value, bar.low, bar.color) == ("> 4500x", 4500.0, None, "faster")
+    for isa in ("avx512", "avx2"):
+        stopped = forced(isa, 2.0)
+        name = "nf4_lora_linear/forward-M256/bf16"
+        stopped["cases"][0] |= {"name": name}
+        stopped["cases"][0]["providers"]["bitsandbytes + PEFT"] = one["providers"]["peer"]
+        machine.write_json(results / f"cpu-{isa}" / "nf4_lora_linear.json", stopped)
+    assert "| **> 4500.00x** |" in make_tables.section(results)
+    assert "| avx2 | **> 4500.00x** |" in make_tables.summary(results)
+
+
 def test_the_same_results_give_the_same_bytes_and_others_are_noticed(results, tmp_path, capsys):
     where = ["--results", str(results), "--out", str(tmp_path / "plots")]
     assert make_plots.main([*where, "--check"]) == 1  # missing

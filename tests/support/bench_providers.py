@@ -59,3 +59,14 @@ def crashing(problem: Problem, tensors: dict[str, Tensor], copies: int) -> list[
 def hanging(problem: Problem, tensors: dict[str, Tensor], copies: int) -> list[Layer]:
     time.sleep(3600)
     return []
+
+
+def sleeping(problem: Problem, tensors: dict[str, Tensor], copies: int) -> list[Layer]:
+    """As slow as a product that torch runs in one thread."""
+    good = layers(tensors, 1, 1.0)
+
+    def run(x: Tensor) -> Tensor:
+        time.sleep(3600)
+        return good[0].run(x)
+
+    return [Layer(run, good[0].adapter)]

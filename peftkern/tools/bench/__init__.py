@@ -2,7 +2,7 @@
 
 record      the JSON of a run of `peftkern bench`, field by field
 command     its options, plan and files; runner: the loop over cases, shared with bench/
-instrument  the run in processes of their own; processes, worker: these
+instrument  the run in processes of their own; processes, nursery, worker: these
 shapes, cases, data, providers    sizes by name, problems, their tensors, implementations
 compare, terminal                 comparison with an earlier record; tables
 report, report_figures, names     the HTML report, its figures, names of cases for people

@@ -366,14 +366,14 @@ def as_csv(record: Record) -> str:
     """Format a line for each provider of each case; samples are in the JSON alone."""
     of_case = ("op", "shape", "M", "N", "K", "r", "dtype", "mode", "bytes", "flops", "floor_ms")
     of_row = ("label", "median_ms", "p20_ms", "p80_ms", "error_rms", "error_max", "wrong")
-    of_row += ("failed", "note", "peak_bytes", "gb_s", "tflop_s", "share_of_roof")
+    of_row += ("failed", "note", "at_least_ms", "peak_bytes", "gb_s", "tflop_s", "share_of_roof")
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["case", *of_case, "provider", *of_row])
     for case in record["cases"]:
         for name, row in case["providers"].items():
             cells = [case["name"], *(case[key] for key in of_case), name]
-            writer.writerow([*cells, *(row[key] for key in of_row)])
+            writer.writerow([*cells, *(row.get(key) for key in of_row)])
     return out.getvalue()
 
 

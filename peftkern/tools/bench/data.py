@@ -39,6 +39,7 @@ from peftkern.formats.block_weight import NAMES, BlockWeight, QuantizedWeight
 from peftkern.formats.nf4 import NF4Weight, nf4_code
 from peftkern.formats.table import fields
 from peftkern.tools.bench import adalora, low_rank_svd, rosa
+from peftkern.tools.bench.base_layers import product
 from peftkern.tools.bench.cases import SCALING, Problem
 
 CHECKED_ROWS = 64
@@ -54,12 +55,19 @@ def prepare(problem: Problem, seed: int, path: Path, device: torch.device) -> di
     """Write the case's file; return the error of eager torch in the same dtypes, for the bound."""
     tensors = inputs(problem, seed, device)
     oracle = oracle_of(problem, tensors)
-    eager = _eager(problem, tensors)
+    found = eager_errors(problem, tensors, {**tensors, **oracle})
     kept = {name: tensor.contiguous().cpu() for name, tensor in {**tensors, **oracle}.items()}
     staged = path.with_suffix(".part")
     save_file(kept, staged)
     os.replace(staged, path)
-    return compare(problem, eager, {**tensors, **oracle})
+    return found
+
+
+def eager_errors(
+    problem: Problem, tensors: dict[str, Tensor], oracle: dict[str, Tensor]
+) -> dict[str, float]:
+    """Return the errors of eager torch as `compare` does, for the bound of ours."""
+    return compare(problem, _eager(problem, tensors), oracle)
 
 
 def load(path: Path, device: torch.device) -> dict[str, Tensor]:
@@ -330,7 +338,7 @@ def _eager_linear(
     b: Tensor | None = None,
     magnitude: Tensor | None = None,
 ) -> Tensor:
-    y = F.linear(x, weight)
+    y = product(x, weight.T)
     if a is None:
         return y
     update = F.linear(F.linear(x.to(a.dtype), a), b) * SCALING

@@ -14,7 +14,7 @@ import torch
 
 import peftkern
 from peftkern.backends.cpu.module import cpu_isa, cpu_isas
-from peftkern.backends.device import device_info, triton_interpreted
+from peftkern.backends.device import device_info, multiplies, triton_interpreted
 from peftkern.integrations.packages import installed_version
 from peftkern.tools.bench.gpu_timer import measure_events
 from peftkern.tools.bench.timer import measure
@@ -22,6 +22,7 @@ from peftkern.tools.bench.timer import measure
 ROOT = Path(peftkern.__file__).resolve().parents[1]  # the repository, where it is one
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "peftkern")
 COPY_BYTES, GEMM = 256 << 20, 2048  # at least, see roof
+SLOWER = 4  # times smaller is the product in a dtype that torch has no fast one for
 GPU_COPY_BYTES, GPU_GEMM = 2 << 30, 8192  # far longer than a launch, far larger than the L2 cache
 
 
@@ -34,6 +35,11 @@ def device_named(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device cuda: torch {torch.__version__} sees no GPU on this machine")
     return torch.device(name)
+
+
+def has_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether torch has matrix products of a dtype on the device."""
+    return device.type != "cpu" or multiplies(dtype)
 
 
 def cache_bytes() -> int:
@@ -162,13 +168,16 @@ def roof(
     source = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
     target = torch.ones(copy_bytes, dtype=torch.uint8, device=device)
     variants = {"copy": lambda i: target.copy_(source)}
+    sizes = {}
     for name in dtypes:
-        a, b = (torch.randn(gemm, gemm, device=device).to(getattr(torch, name)) for _ in range(2))
+        dtype = getattr(torch, name)
+        sizes[name] = size = gemm if has_products(dtype, device) else max(256, gemm // SLOWER)
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         variants[name] = lambda i, a=a, b=b: torch.nn.functional.linear(a, b)
     timings = (measure_events if device.type == "cuda" else measure)(variants, seconds=seconds)
     # The best of many: a disturbed run must not lower a ceiling.
     best = {name: timing.quantile(0.05) for name, timing in timings.items()}
-    rates = {name: 2 * gemm**3 / best[name] for name in dtypes}
+    rates = {name: 2 * sizes[name] ** 3 / best[name] for name in dtypes}
     return {"copy": 2 * copy_bytes / best["copy"], "copy_bytes": copy_bytes, **rates}
 
 

@@ -14,7 +14,7 @@ import importlib
 import importlib.machinery
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -54,6 +54,7 @@ class Provider:
     dense: bool = False  # its weight is dense where the op's is packed
     in_auto: bool = True
     on_cpu: bool = True
+    compiles: bool = False  # in its first call, which says nothing about the time of another
 
     def missing(self, device: str) -> str | None:
         """Return why it cannot take part, as far as is known without importing it."""
@@ -61,6 +62,14 @@ class Provider:
             if not has(package):
                 return "not installed" if len(self.packages) == 1 else f"{package} is not installed"
         return None if self.on_cpu or device != "cpu" else "needs a GPU"
+
+    def imports(self, ops: Iterable[str]) -> list[str]:
+        """Return the modules that its layers of these ops take long to import."""
+        # unsloth changes the packages imported after it.
+        found = [package for package in self.packages if package != "unsloth"]
+        if self.over_peft and has("peft") and any(OPS[op].ranked for op in ops):
+            found.append("peftkern.tools.bench.peers")
+        return found
 
 
 def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
@@ -274,6 +283,7 @@ PROVIDERS = {
         {"lora_linear": "torch.compile(peft)"}
         | ({"nf4_lora_linear": "torch.compile(peft+bnb)"} if has("bitsandbytes") else {}),
         ("peft",),
+        compiles=True,
     ),
     "torch": Provider(
         on_backend("reference"),
@@ -286,6 +296,7 @@ PROVIDERS = {
         dict.fromkeys(("lora_linear", "nf4_lora_linear"), "unsloth"),
         ("unsloth",),
         on_cpu=False,
+        compiles=True,
     ),
     # Its kernels are losses, norms and activations: none of these ops, which is worth reporting.
     "liger": Provider(frozen, {}, ("liger_kernel",)),

@@ -5,9 +5,10 @@ null. Those of the classes named `Later...` may be missing in files of earlier v
 in the names: `_ms` milliseconds, `_s` seconds, `_bytes` bytes, `gb_s` 1e9 bytes per second,
 `tflop_s` 1e12 floating-point operations per second.
 
-A cell is good if `wrong` and `failed` are null. Only then are there times, and what follows from
-them; with mode "memory" there is `peak_bytes` alone. Ratios are not stored: they are
-`providers[other].median_ms / providers["peftkern"].median_ms` of one case, never of two.
+A cell is good if `wrong`, `failed` and `at_least_ms` are null. Only then are there times, and what
+follows from them; with mode "memory" there is `peak_bytes` alone. Ratios are not stored: they are
+`providers[other].median_ms / providers["peftkern"].median_ms` of one case, never of two; with
+`at_least_ms` in the place of the other's median they are lower bounds.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class LaterProvider(TypedDict, total=False):
     kernels: list[str] | None  # their names
     graph_ms: float | None  # median of a call in a replayed CUDA graph: without launches
     no_graph: str | None  # why it was not captured
+    at_least_ms: float | None  # in the place of a time: its first call was stopped after so long
 
 
 class Provider(LaterProvider):
@@ -83,8 +85,8 @@ class Case(LaterCase):
     mode: str  # "forward", "backward", "full", "no-grad", "memory"
     bytes: int  # lower bound of the traffic: each operand and result once
     flops: int  # lower bound of the operations
-    floor_ms: float  # max(bytes / roof.copy, flops / roof[dtype]): no call can be faster
-    against: str | None  # the first good baseline of the op, which stands for the case
+    floor_ms: float  # max(bytes / roof.copy, flops / rows.product_rate): no call can be faster
+    against: str | None  # the first good baseline of the op, else the first with a bound
     command: str  # that measures this case again
     providers: dict[str, Provider]  # by name, "peftkern" first; order of the table
 
@@ -94,7 +96,7 @@ class Roof(TypedDict, total=False):
 
     copy: float  # bytes per second, read and written
     copy_bytes: int  # size of the copy; with its target, within the last-level cache or beyond
-    bfloat16: float  # FLOP per second of a dense matrix product
+    bfloat16: float  # FLOP per second of a dense product; a roof in 16 bits if not below float32's
     float16: float
     float32: float
 
@@ -187,7 +189,8 @@ def check(record: object) -> None:
             times = [row[key] for key in ("median_ms", "p20_ms", "p80_ms")]
             if not (all(times) or times == [None] * 3):
                 raise ValueError(f"{where}.providers[{name!r}]: median, p20 and p80 are {times}")
-            if times[0] and (row["wrong"], row["failed"]) != (None, None):
+            told = (row["wrong"], row["failed"], row.get("at_least_ms"))
+            if times[0] and told != (None, None, None):
                 raise ValueError(f"{where}.providers[{name!r}]: has a time, but is not good")
 
 

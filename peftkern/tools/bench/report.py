@@ -58,6 +58,17 @@ def headline(record: Record) -> tuple[str, str]:
         for case, name, ratio, noise in terminal.beside(record)
         if name == case["against"]
     ]
+    bounds = [
+        (case["providers"][name]["label"], least, False)
+        for case, name, least in terminal.beside_stopped(record)
+        if name == case["against"]
+    ]
+    slower = sum(ratio < 1 and not noise for _, ratio, noise in found)
+    alike = sum(noise for _, _, noise in found)
+    if mean_of([*found, *bounds]) > 1:  # a mean of ratios some of which are larger
+        found += bounds
+    else:
+        bounds = []
     ours = [case["providers"][OURS] for case in record["cases"]]
     wrong, failed = (sum(row[key] is not None for row in ours) for key in ("wrong", "failed"))
     notes = [f"{wrong} wrong", *([f"{failed} failed"] if failed else [])]
@@ -66,22 +77,27 @@ def headline(record: Record) -> tuple[str, str]:
     if not found:
         said = f"{_cases(cases)} measured, nothing to compare with" if cases else "Nothing measured"
         return said, "; ".join(notes) if cases else ""
-    mean = math.exp(sum(math.log(ratio) for _, ratio, _ in found) / len(found))
+    mean = mean_of(found)
     peers = list(dict.fromkeys(label for label, _, _ in found))
     whom = " and ".join(peers) if len(peers) < 3 else "its peers"
-    if 0.995 < mean < 1.005:
+    if 0.995 < mean < 1.005 and not bounds:
         said = f"As fast as {whom} on this machine"
     else:
         word = "faster" if mean > 1 else "slower"
         said = f"{times(max(mean, 1 / mean))} {word} than {whom} on this machine"
-    slower = sum(ratio < 1 and not noise for _, ratio, noise in found)
-    alike = sum(noise for _, _, noise in found)
+        said = f"At least {said}" if bounds else said
     notes = [
         f"{_cases(slower)} {'is' if slower == 1 else 'are'} slower" if slower else "none is slower",
         *([f"{alike} within noise"] if alike else []),
+        *([f"a lower bound of {_cases(len(bounds))}"] if bounds else []),
         *notes,
     ]
     return said, f"geometric mean of {_cases(len(found))}; {'; '.join(notes)}"
+
+
+def mean_of(found: list[tuple[str, float, bool]]) -> float:
+    """Return the geometric mean of the ratios; 1 of none."""
+    return math.exp(sum(math.log(ratio) for _, ratio, _ in found) / max(1, len(found)))
 
 
 def _cases(count: int) -> str:

@@ -9,7 +9,8 @@ from peftkern.tools.bench.cases import SHORT
 from peftkern.tools.bench.compare import Change
 from peftkern.tools.bench.names import about, people, times
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
-from peftkern.tools.bench.terminal import copies, is_bound, number, speed_up
+from peftkern.tools.bench.rows import product_rate, ratio_at_least
+from peftkern.tools.bench.terminal import copies, first_call, is_bound, number, speed_up
 
 BOUND = "without the adapter: does less"  # of the frozen layer, where it is the baseline
 WIDTHS = {"wide": charts.WIDE, "narrow": charts.NARROW}
@@ -34,7 +35,7 @@ def bars(record: Record) -> list[charts.Bar]:
 
 def _bar(case: Case) -> charts.Bar:
     against, ours = case["against"], case["providers"][OURS]
-    if against is None or speed_up(case, against) is None:
+    if against is None or not compares(case, against):
         bad = "wrong" if ours["wrong"] is not None else "failed" if ours["failed"] else None
         note = f"{about(case)}; no baseline with a right result"
         return charts.Bar(
@@ -45,8 +46,19 @@ def _bar(case: Case) -> charts.Bar:
     return bar_of(case, against, people(case), note)
 
 
+def compares(case: Case, name: str) -> bool:
+    """Return whether a baseline has a speed-up, or a lower bound of one."""
+    return speed_up(case, name) is not None or ratio_at_least(case, name) is not None
+
+
 def bar_of(case: Case, name: str, label: str, note: str = "") -> charts.Bar:
-    """Return the bar of a baseline that has a speed-up."""
+    """Return the bar of a baseline that `compares`; of a lower bound it has no whisker, and is gray
+    where that says nothing."""
+    if (least := ratio_at_least(case, name)) is not None:
+        says = f"> {times(least)}"
+        tip = f"{case['name']}: {says}, its first call was stopped"
+        color = "faster" if least > 1 else "level"
+        return charts.Bar(label, says, least, color, note=note, tip=tip)
     (ratio, noise), ours, theirs = (
         speed_up(case, name),
         case["providers"][OURS],
@@ -109,7 +121,7 @@ def rooflines(record: Record, labels: Labels) -> list[tuple[str, dict[str, Figur
                 names.setdefault(at, said)
         if not series:
             continue
-        roof = record["roof"]["copy"] / 1e12, record["roof"][dtype] / 1e12
+        roof = record["roof"]["copy"] / 1e12, product_rate(dtype, record["roof"]) / 1e12
         drawn = {
             name: charts.lines(
                 [series[number] for number in sorted(series)],
@@ -151,7 +163,8 @@ def scaling(record: Record, labels: Labels, over: str) -> list[tuple[Case, Figur
             for name, row in case["providers"].items():
                 points = _measured(row, memory)
                 if points is None:
-                    silent.append(f"{row['label']} at {case[over]}: no result")
+                    said = first_call(row) or "no result"
+                    silent.append(f"{row['label']} at {case[over]}: {said}")
                     continue
                 number = labels[name, row["label"]]
                 one = charts.Series(row["label"], number, [], [], [], [], [])

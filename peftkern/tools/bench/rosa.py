@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftkern.backends import ops
 from peftkern.functional.rosa import SparseMask
-from peftkern.tools.bench.base_layers import Layer, Tensors
+from peftkern.tools.bench.base_layers import Layer, Tensors, product
 from peftkern.tools.bench.cases import Problem
 
 DENSE = {"rosa_sddmm": "dense dW", "rosa_forward": "dense W + S"}
@@ -39,7 +39,7 @@ def inputs(problem: Problem, draw: Callable[..., Tensor]) -> Tensors:
 def results(problem: Problem, tensors: Tensors) -> Tensors:
     """Run the dense way in the dtype of the tensors."""
     if problem.op == "rosa_sddmm":
-        return {"values.grad": _dense_gradient(tensors, tensors["x"], tensors["dy"])}
+        return {"values.grad": product(tensors["dy"].T, tensors["x"]).view(-1)[tensors["flat"]]}
     return {"y": _dense_forward(tensors, tensors["x"], tensors["dy"])}
 
 

@@ -10,6 +10,7 @@ import torch
 
 import peftkern
 from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, PEER_WRONG, RATIO
+from peftkern.tools.bench.cases import ITEMSIZE
 from peftkern.tools.bench.record import FORMAT, OURS, Case, Provider, Record, Target
 from peftkern.tools.bench.timer import Timing
 
@@ -31,10 +32,11 @@ class Row:
     no_graph: str | None = None
     samples: list[float] = field(default_factory=list)
     unfinished: bool = False  # the budget ended before it had enough calls
+    at_least: float | None = None  # seconds after which its first call was stopped
 
     @property
     def good(self) -> bool:
-        return self.wrong is None and self.failed is None
+        return self.wrong is None and self.failed is None and self.at_least is None
 
     def judge(
         self,
@@ -76,6 +78,7 @@ class Row:
             "kernels": self.kernels,
             "graph_ms": None if self.graph is None else self.graph * 1e3,
             "no_graph": self.no_graph,
+            "at_least_ms": None if self.at_least is None else self.at_least * 1e3,
         }
 
 
@@ -84,10 +87,17 @@ def _finite(value: float | None) -> float | None:
     return value if value is None or math.isfinite(value) else None
 
 
+def product_rate(dtype: str, roof: Mapping[str, float]) -> float | None:
+    """Return the FLOPs per second of a case's products: in 16 bits float32's where those are
+    faster, for the numbers can be widened."""
+    names = (dtype, "float32") if ITEMSIZE.get(dtype) == 2 else (dtype,)
+    return max((roof[name] for name in names if name in roof), default=None)
+
+
 def floor_seconds(work: tuple[int, int], dtype: str, roof: Mapping[str, float]) -> float:
     """Return the least time of a call: of its bytes at the copy's rate, and of its products; 0 for
     work that was not counted."""
-    rates = roof.get("copy"), roof.get(dtype)
+    rates = roof.get("copy"), product_rate(dtype, roof)
     return max(amount / rate if amount else 0.0 for amount, rate in zip(work, rates, strict=True))
 
 
@@ -106,11 +116,14 @@ def case_record(
 ) -> Case:
     """Make a case's record of its facts (name, op, shape, M, N, K, r, dtype, mode) and its rows.
 
-    `against`: the peers that may stand for the case, the most relevant first; then all others.
+    `against`: the peers that may stand for the case, the most relevant first; then all others;
+    last those of whose time only a bound is known.
     """
     floor = floor_seconds(work, facts["dtype"], roof)
-    good = [name for name, row in rows.items() if row.good and name != OURS]
-    first = [name for name in against if name in good] + good
+    order = dict.fromkeys([*against, *rows])
+    peers = [name for name in order if name in rows and name != OURS]
+    first = [name for name in peers if rows[name].good]
+    first += [name for name in peers if rows[name].at_least is not None]
     return {
         **facts,
         "bytes": work[0],
@@ -160,6 +173,13 @@ def ratio(case: Case, peer: str, key: str = "median_ms") -> float | None:
     """Return the peer's time over ours; None where one of them has none."""
     ours, theirs = (case["providers"].get(name, {}).get(key) for name in (OURS, peer))
     return theirs / ours if ours and theirs else None
+
+
+def ratio_at_least(case: Case, peer: str) -> float | None:
+    """Return a lower bound of the ratio to a peer whose first call was stopped; None otherwise."""
+    ours, theirs = (case["providers"].get(name, {}) for name in (OURS, peer))
+    bound, median = theirs.get("at_least_ms"), ours.get("median_ms")
+    return bound / median if bound and median else None
 
 
 def within_noise(ours: Provider, theirs: Provider) -> bool:

@@ -12,7 +12,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -22,18 +22,30 @@ from peftkern.tools.bench.record import OURS, Record
 from peftkern.tools.bench.rows import Row
 
 Tick = Callable[[str, float], None]  # of what is being done, and the share done
+CALLS = 10  # of a peer, about: the checked one, warm ones, one for its memory, timed ones
+FIRST_CALLS = 0.5  # of what is left of a case's slot, for the first calls of all peers on a CPU
+LEAST = 1.0  # seconds of it for each, however late it is
 One = TypeVar("One")  # case, in the words of a subclass; it has a `name`
 
 
 @dataclass
 class Checked:
     """State of a case: a row of each implementation, with its errors; `eager`: the error (rms, max)
-    that bounds ours; `peer_wrong`: the one from which a peer's result is wrong."""
+    that bounds ours; `peer_wrong`: the one from which a peer's result is wrong; `few`: the
+    samples of peers that are too slow for more."""
 
     rows: dict[str, Row]
     dtype: torch.dtype = torch.float32
     eager: tuple[float, float] | None = None
     peer_wrong: float = 0.0
+    few: dict[str, int] = field(default_factory=dict)
+
+    def allow(self, name: str, seconds: float, limit: float) -> bool:
+        """Return whether a peer whose call takes so many seconds has all its calls within the
+        limit; else it has as many samples as fit."""
+        if seconds * CALLS > limit:
+            self.few[name] = max(1, int(limit / seconds))
+        return name not in self.few
 
     def judge(self) -> list[str]:
         """Mark the wrong results; return the names of the others."""
@@ -74,7 +86,7 @@ class Runner(ABC, Generic[One]):
 
     def run_case(self, case: One, until: float, tick: Tick) -> bool:
         """Measure a case; return False if the deadline came before it was timed."""
-        checked = self.check(case, tick)
+        checked = self.check(case, until, tick)
         if checked is None:
             return False
         right = checked.judge()
@@ -96,8 +108,9 @@ class Runner(ABC, Generic[One]):
         """Measure the peak memory of a call, where that is done before it is timed."""
 
     @abstractmethod
-    def check(self, case: One, tick: Tick) -> Checked | None:
-        """Build each implementation and compare one call of it with float64."""
+    def check(self, case: One, until: float, tick: Tick) -> Checked | None:
+        """Build each implementation and compare one call of it with float64; stop peers whose
+        call takes too much of the time `until` the end of the case's slot."""
 
     @abstractmethod
     def time(self, case: One, checked: Checked, right: list[str], until: float, tick: Tick) -> bool:

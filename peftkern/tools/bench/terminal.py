@@ -13,7 +13,7 @@ from peftkern.tools.bench.cases import SHORT
 from peftkern.tools.bench.compare import Change
 from peftkern.tools.bench.names import other_format
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
-from peftkern.tools.bench.rows import ratio, within_noise
+from peftkern.tools.bench.rows import ratio, ratio_at_least, within_noise
 from peftkern.tools.bench.timer import number
 
 # Widths from which a table has intervals, and throughput and errors; of names, if there is no more.
@@ -49,14 +49,14 @@ def bench_report(record: Record, width: int) -> Iterable[RenderableType]:
             if why := row["wrong"] or row["failed"]:
                 kind = "WRONG" if row["wrong"] else "FAILED"
                 yield Text(f"{kind} {row['label']}, {case['name']}: {why}", style="red")
-            if above := above_roof(row):
-                yield Text(f"{row['label']}, {case['name']}: {above}", style="yellow")
             if row["note"]:
                 yield Text(f"{row['label']}, {case['name']}: left to others: {row['note']}")
         for said in case.get("said", []):
             yield Text(said)
         for reason, count in case.get("fell_back", {}).items():
             yield Text(f"{case['name']}: fell back {count} times: {reason}")
+    for warning in filter(None, (stopped(record), above_roof(record))):
+        yield Text(warning, style="yellow")
     for facts in record.get("answers", []):
         yield Text(answer(facts))
     for name, why in (record["not_installed"] | record.get("failed", {})).items():
@@ -138,6 +138,8 @@ def _time(case: Case, name: str, width: int) -> Text:
     row = case["providers"][name]
     if row["wrong"] or row["failed"]:
         return Text("WRONG" if row["wrong"] else "FAILED", style="bold red")
+    if bound := row.get("at_least_ms"):
+        return Text(f"> {number(bound)}")
     if not row["median_ms"]:
         return Text("")
     median, low, high = (number(row[key]) for key in ("median_ms", "p20_ms", "p80_ms"))
@@ -187,13 +189,39 @@ def copies(record: Record) -> str:
     return f"copies {roof['copy'] / 1e9:.3g} GB/s{where}"
 
 
-def above_roof(row: Provider) -> str | None:
-    """Return a warning of results above the roof: the ceiling was not one."""
-    share = row["share_of_roof"]
-    if share is None or share <= 1.0:
+def above_roof(record: Record) -> str | None:
+    """Return a warning that lists the results above the roof: the ceiling was not one."""
+    found = [
+        f"{row['label']}, {case['name']}: {row['share_of_roof']:.0%}"
+        for case in record["cases"]
+        for row in case["providers"].values()
+        if is_above(row)
+    ]
+    if not found:
         return None
-    why = "its data stayed in a cache, it reads more than it writes, or the ceiling was measured"
-    return f"{share:.0%} of the roof: {why} while the machine was busy"
+    why = "data stayed in a cache, more was read than written, or the machine was busy before"
+    return f"above the roof ({why}): {'; '.join(found)}"
+
+
+def is_above(row: Provider) -> bool:
+    return (row["share_of_roof"] or 0.0) > 1.0
+
+
+def first_call(row: Provider) -> str | None:
+    """Return the lower bound of a call's time, if that is all that is known."""
+    bound = row.get("at_least_ms")
+    return f"> {number(bound / 1e3)} s a call" if bound else None
+
+
+def stopped(record: Record) -> str | None:
+    """Return a line that lists the lower bounds, and says what they are."""
+    found = [
+        f"{row['label']}, {case['name']}: {bound}"
+        for case in record["cases"]
+        for row in case["providers"].values()
+        if (bound := first_call(row))
+    ]
+    return f"lower bounds, of first calls that were stopped: {'; '.join(found)}" if found else None
 
 
 def title(case: Case, without: str = "") -> str:
@@ -208,6 +236,8 @@ def title(case: Case, without: str = "") -> str:
 
 
 def _speed_up_cell(case: Case, name: str) -> Text:
+    if bound := ratio_at_least(case, name):
+        return Text(f"> {number(bound)}x", style="green" if bound > 1 else "dim")
     found = speed_up(case, name)
     if found is None:
         return Text("")
@@ -227,17 +257,29 @@ def beside(record: Record) -> list[tuple[Case, str, float, bool]]:
     ]
 
 
+def beside_stopped(record: Record) -> list[tuple[Case, str, float]]:
+    """Yield every comparison of equal work of which only a lower bound is known."""
+    return [
+        (case, name, least)
+        for case in record["cases"]
+        for name in case["providers"]
+        if (least := ratio_at_least(case, name)) is not None and not is_bound(case, name)
+    ]
+
+
 def is_bound(case: Case, name: str) -> bool:
     """Return whether a provider is a bound, not a peer: without an adapter it does less."""
     return name == "frozen" and bool(case["r"])
 
 
 def counts(record: Record) -> tuple[int, int, int]:
-    """Count how often peftkern was faster, slower, and alike: losses like wins."""
+    """Count how often peftkern was faster, slower, and alike: losses like wins. A lower bound
+    of the speed-up counts if it is above 1."""
     found = [(ratio, noise) for *_, ratio, noise in beside(record)]
     alike = sum(noise for _, noise in found)
     faster = sum(ratio > 1 and not noise for ratio, noise in found)
-    return faster, len(found) - faster - alike, alike
+    surely = sum(least > 1 for *_, least in beside_stopped(record))
+    return faster + surely, len(found) - faster - alike, alike
 
 
 def summary(record: Record) -> Text:

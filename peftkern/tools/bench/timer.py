@@ -84,20 +84,22 @@ def measure(
     *,
     seconds: float,
     tick: Callable[[float], None] = lambda share: None,
+    few: Mapping[str, int] | None = None,
 ) -> dict[str, Timing]:
-    """Time every variant for about `seconds`, in turns.
+    """Time every variant for about `seconds`, in turns; those in `few` are as in `in_turns`.
 
     Each is called as `variant(i)` with i = 0, 1, 2, ...; `tick` is called with the share of time
     spent.
     """
-    counters = {name: itertools.count() for name in variants}
+    counters, few = {name: itertools.count() for name in variants}, few or {}
     for name, call in variants.items():
-        call(next(counters[name]))  # pays for set-up: libraries, JIT, workspaces
+        if name not in few:
+            call(next(counters[name]))  # pays for set-up: libraries, JIT, workspaces
     turns = {
         name: functools.partial(turn, call, counters[name].__next__, TURN_SECONDS, MOST_CALLS)
         for name, call in variants.items()
     }
-    return in_turns(turns, seconds=seconds, tick=tick)
+    return in_turns(turns, seconds=seconds, tick=tick, few=few)
 
 
 def in_turns(

@@ -13,9 +13,11 @@ from peft.utils.integrations import dequantize_module_weight
 from tolerances import FLOOR_MAX, FLOOR_RMS
 from torch import nn
 
-from peftkern.tools.bench import adalora, cases, compare, data, providers, shapes
+from peftkern.tools.bench import adalora, base_layers, cases, compare, data, providers, shapes
 from peftkern.tools.bench.record import FORMAT, OURS
 from peftkern.tools.bench.record import read as read_record
+from peftkern.tools.bench.rows import floor_seconds, product_rate
+from peftkern.tools.bench.runner import Checked
 from peftkern.tools.bench.shapes import LARGEST, PRESETS, Shape, parse_shapes
 from peftkern.tools.bench.worker import calls
 
@@ -201,6 +203,47 @@ def test_prepared_data_is_what_eager_torch_computes(op, size, dtype, tmp_path):
     assert path.read_bytes() == first
     data.prepare(problem, 1, path, cpu)
     assert path.read_bytes() != first
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("op", ["lora_linear", "grouped_linear", "rosa_sddmm"])
+def test_without_16_bit_products_the_bound_is_not_looser(op, dtype, monkeypatch):
+    """Float32 products, rounded once, beside torch's own, whatever this machine has."""
+    kind = cases.OPS[op]
+    sizes = (33, 70, None if kind.counts else 3, dtype, "full" if kind.rows else "forward")
+    problem = cases.Problem(op, "x", 64, *sizes, 5 if kind.grouped else None)
+    tensors = data.inputs(problem, 0, torch.device("cpu"))
+    oracle = tensors | data.oracle_of(problem, tensors)
+    found = {}
+    for has in (True, False):
+        monkeypatch.setattr(base_layers, "has_products", lambda dtype, device, has=has: has)
+        found[has] = data.eager_errors(problem, tensors, oracle)
+    for key in ("rms", "max"):
+        assert 0 < found[False][key] <= 1.001 * found[True][key]
+
+
+def test_the_roof_of_16_bit_products_is_not_below_that_of_float32():
+    roof = {"copy": 1e9, "bfloat16": 2e9, "float32": 8e9, "float64": 4e9}
+    rates = {dtype: product_rate(dtype, roof) for dtype in ("bfloat16", "float32", "float64")}
+    assert rates == {"bfloat16": 8e9, "float32": 8e9, "float64": 4e9}
+    assert product_rate("bfloat16", roof | {"bfloat16": 9e9}) == 9e9
+    assert product_rate("bfloat16", {"copy": 1e9}) is None
+    assert floor_seconds((10**9, 16 * 10**9), "bfloat16", roof) == 2.0
+
+
+def test_a_slow_peer_has_as_many_samples_as_fit():
+    checked = Checked({})
+    assert checked.allow("quick", 1.0, 10.0) and checked.few == {}
+    assert not checked.allow("slow", 3.0, 10.0) and not checked.allow("slower", 11.0, 10.0)
+    assert checked.few == {"slow": 3, "slower": 1}
+
+
+def test_a_provider_imports_what_its_ops_need():
+    needed = {name: one.imports(["nf4_dequantize"]) for name, one in providers.PROVIDERS.items()}
+    assert needed[OURS] == needed["frozen"] == [] and needed["bitsandbytes"] == ["bitsandbytes"]
+    peers = "peftkern.tools.bench.peers"
+    assert providers.PROVIDERS[OURS].imports(["nf4_dequantize", "lora_linear"]) == [peers]
+    assert providers.PROVIDERS["frozen"].imports(["lora_linear"]) == []
 
 
 QUICKEST = "lora_linear", "no-grad"  # to compile: seconds

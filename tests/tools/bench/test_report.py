@@ -137,6 +137,9 @@ def edge_records() -> dict[str, Record]:
             gpu=gpu,
         ),
         "memory": record(*(case(*peaks[m], m=m, mode="memory") for m in peaks)),
+        "stopped": record(
+            case(provider("peftkern", 1.0), provider("peft", at_least_ms=4e3), against="peft")
+        ),
         "interpreter, busy": record(case(provider("peftkern", 1.0), provider("frozen", 1.0))),
         "hostile": with_text(HOSTILE),
         "odd": with_text(ODD),
@@ -246,6 +249,39 @@ def test_coordinates_are_numbers_within_the_chart(edge):
             points = [xy, *re.findall(r"(-?[\d.e+-]+) (-?[\d.e+-]+)", element.get("d", ""))]
             for x, y in points:
                 assert -1 <= float(x) <= width + 1 and -1 <= float(y) <= height + 1, (x, y, text)
+
+
+def test_a_stopped_call_is_a_lower_bound_and_marked_as_one(tmp_path, capfd):
+    ours = provider("peftkern", 100.0)
+    stopped = provider("peft", at_least_ms=4500.0, error_rms=None, error_max=None)
+    found = record(
+        case(ours, provider("fast", 25.0), stopped, against="fast"),
+        case(ours, stopped, m=32, against="peft"),
+        case(provider("peftkern", 9000.0), stopped, m=64, against="peft"),  # it says nothing
+    )
+    records.check(found)
+    _, out = printed(found, tmp_path, capfd, f"--csv={tmp_path / 'new.csv'}")
+    lines = [line.split() for line in out.splitlines() if line.startswith("peft ")]
+    assert lines == [[*["peft", ">", "4500", ">"], f"{least}x"] for least in ("45", "45", "0.5")]
+    said = "lower bounds, of first calls that were stopped: peft, lora_linear/M16/r4/full: > 4.5 s"
+    assert said in " ".join(out.split()) and out.count("> 4.5 s a call") == 3
+    assert "1 faster" not in out and "2 faster, 1 slower" in out
+    assert (tmp_path / "new.csv").read_text().count(",4500.0,") == 3
+    page = Page(report.render(found))
+    assert [row[2:4] for row in page.rows[1:] if row[1] == "peft"] == [
+        ["> 4500", "> 45.00x"],
+        ["> 4500", "> 45.00x"],
+        ["> 4500", "> 0.50x"],
+    ]
+    assert sum(said in text for text in page.texts["p"]) == 1
+    (title,) = page.texts["h1"]
+    assert title.startswith("At least 1.78x faster than fast and peft on this machine: ")
+    assert "geometric mean of 3 cases; 1 case is slower; a lower bound of 2 cases; 0" in title
+    bars = report_figures.bars(found)
+    assert [(bar.says, bar.color, bar.low) for bar in bars[1:]] == [
+        ("> 45.00x", "faster", None),
+        ("> 0.50x", "level", None),
+    ]
 
 
 def test_losses_stand_beside_wins():
@@ -406,17 +442,20 @@ def test_a_busy_machine_is_told_before_all_else(load, tmp_path, capfd):
 
 def test_what_is_above_the_roof_is_flagged(tmp_path, capfd):
     rows = provider("peftkern", 1.0, share_of_roof=1.25), provider("peft", 2.0, share_of_roof=1.0)
-    found = record(case(*rows))
-    above = "125% of the roof: its data stayed in a cache, it reads more than it writes, or"
+    found = record(case(*rows), case(provider("peftkern", 1.0, share_of_roof=1.4), m=32))
+    above = "above the roof (data stayed in a cache, more was read than written, or the"
     _, out = printed(found, tmp_path, capfd)
     table = [line for line in out.splitlines() if "[" in line and "%" in line]
-    ours, theirs = (line for line in table if line.startswith("peft"))
+    ours, theirs, _ = (line for line in table if line.startswith("peft"))
     assert "125%!" in ours and "100%" in theirs and "100%!" not in theirs
-    assert out.count("of the roof") == 1
-    assert f"peftkern, lora_linear/M16/r4/full: {above}" in " ".join(out.split())
+    assert out.count("above the roof") == 1 and above in out
+    listed = [
+        f"peftkern, lora_linear/M{m}/r4/full: {share}%" for m, share in ((16, 125), (32, 140))
+    ]
+    assert f"machine was busy before): {'; '.join(listed)}" in " ".join(out.split())
     page = Page(report.render(found))
     assert sum(above in text for text in page.texts["p"]) == 1
-    assert [row[4] for row in page.rows[1:]] == ["125.0%!", "100.0%"]
+    assert [row[4] for row in page.rows[1:]] == ["125.0%!", "100.0%", "140.0%!"]
 
 
 @pytest.mark.parametrize(("size", "said"), [(1 << 24, " in cache"), (1 << 27, ""), (None, "")])
