@@ -28,7 +28,7 @@ if not torch.cuda.is_available():  # before Triton's kernels are imported, which
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import HealthCheck, settings
-from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_WIDE
+from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_CI, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_WIDE
 
 import peftkern
 from peftkern.backends.cpu import module as cpu
@@ -44,6 +44,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 fixed = settings(untimed, derandomize=True, database=None)
 settings.register_profile("peftkern", fixed, max_examples=FUZZ_EXAMPLES)
+settings.register_profile("ci", fixed, max_examples=FUZZ_EXAMPLES_CI)
 settings.register_profile("wide", fixed, max_examples=FUZZ_EXAMPLES_WIDE)
 # `pytest --hypothesis-profile=long` draws new examples each time, for as long as it takes.
 settings.register_profile("long", untimed, max_examples=FUZZ_EXAMPLES_LONG)
@@ -109,6 +110,25 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 _ISAS = cpu.cpu_isas() or ["no native library"]
+_ON_EVERY_ISA = ("every_backend", "every_kernel", "isa")  # fixtures
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of each test on every instruction set, the older ones have the last case; the rest is CI's.
+
+    `peftkern doctor`'s self-test calls every op on each of them, too.
+    """
+    seen = set()
+    for item in reversed(items):
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        isa = next((params[name] for name in _ON_EVERY_ISA if name in params), None)
+        if isa not in _ISAS[:-1] or {"ci", "long"} & {mark.name for mark in item.iter_markers()}:
+            continue
+        test = item.nodeid.partition("[")[0], isa
+        if test in seen:
+            item.add_marker(pytest.mark.ci)
+        seen.add(test)
 
 
 @contextlib.contextmanager
