@@ -23,6 +23,7 @@ os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 import cuda_emulated
 import pytest
 import torch
+from grids import MOST_CASES, axes_of, covering
 
 if not torch.cuda.is_available():  # before Triton's kernels are imported, which ask for it once
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -110,25 +111,21 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 _ISAS = cpu.cpu_isas() or ["no native library"]
-_ON_EVERY_ISA = ("every_backend", "every_kernel", "isa")  # fixtures
+_BEST = {"backend": "cpu", **dict.fromkeys(("every_backend", "every_kernel", "isa"), _ISAS[-1])}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of each test on every instruction set, the older ones have the last case; the rest is CI's.
-
-    `peftkern doctor`'s self-test calls every op on each of them, too.
-    """
-    seen = set()
-    for item in reversed(items):
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        isa = next((params[name] for name in _ON_EVERY_ISA if name in params), None)
-        if isa not in _ISAS[:-1] or {"ci", "long"} & {mark.name for mark in item.iter_markers()}:
-            continue
-        test = item.nodeid.partition("[")[0], isa
-        if test in seen:
-            item.add_marker(pytest.mark.ci)
-        seen.add(test)
+    """Mark `ci` what a test has beyond every value of its parameters; see `grids.covering`."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if hasattr(item, "callspec") and not {"ci", "long"} & {m.name for m in item.iter_markers()}:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        if len(cases) > MOST_CASES:
+            kept = covering([axes_of(case, _BEST) for case in cases], _BEST)
+            for case in (case for i, case in enumerate(cases) if i not in kept):
+                case.add_marker(pytest.mark.ci)
 
 
 @contextlib.contextmanager

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import settings
+
+MOST_CASES = 6  # of a test that `make test` runs whatever their parameters are
 
 
 def thinned(*axes: Sequence[Any], diagonals: int = 1) -> list[Any]:
@@ -32,3 +34,47 @@ def thinned(*axes: Sequence[Any], diagonals: int = 1) -> list[Any]:
 def examples(share: float) -> settings:
     """A share of the examples that the profile of hypothesis draws."""
     return settings(max_examples=max(1, round(settings.default.max_examples * share)))
+
+
+def axes_of(item: pytest.Item, back_ends: Collection[str]) -> dict[str, Any]:
+    """What a test varies: a list of `parametrize` is one axis, a fixture another.
+
+    Returns: {name: the number of its value here, or the value itself for a fixture in back_ends}.
+    """
+    beside = set()  # names that share their list with another
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0]
+        if isinstance(names, str):
+            names = names.replace(" ", "").split(",")
+        beside.update(names[1:])
+    found = item.callspec
+    return {
+        name: found.params[name] if name in back_ends else place
+        for name, place in found.indices.items()
+        if name not in beside
+    }
+
+
+def covering(cases: Sequence[dict[str, Any]], best: dict[str, Any]) -> set[int]:
+    """Numbers of those cases that `make test` runs: every value of every axis occurs in them.
+
+    Args: best, {axis of back ends: the one beside which all values occur; others have one case}.
+    """
+    for axis in (axis for axis in best if axis in cases[0]):
+        last = {case[axis]: i for i, case in enumerate(cases)}
+        main = [i for i, case in enumerate(cases) if case[axis] == best[axis]]
+        rest = [{k: v for k, v in cases[i].items() if k != axis} for i in main]
+        kept = {main[i] for i in covering(rest, best)} if rest else set()
+        return kept | {i for name, i in last.items() if name != best[axis]}
+    rows = [tuple(case.values()) for case in cases]
+    axes = [list(dict.fromkeys(values)) for values in zip(*rows, strict=True)]
+    diagonal = {
+        tuple(axis[i % len(axis)] for axis in axes) for i in range(max(map(len, axes), default=1))
+    }
+    kept = {i for i, row in enumerate(rows) if row in diagonal}
+    seen = {value for i in kept for value in enumerate(rows[i])}
+    for i, row in enumerate(rows):  # where the product has gaps
+        if not seen.issuperset(enumerate(row)):
+            kept.add(i)
+            seen.update(enumerate(row))
+    return kept
