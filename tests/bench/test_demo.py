@@ -30,7 +30,6 @@ FP32_CURVES = 1e-5  # relative; float32 rounding over a handful of steps
 
 
 run = functools.partial(run_python, COLUMNS="120")
-demo = functools.partial(run, "bench/studies/qlora_finetune.py")
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +107,9 @@ def test_demo_compares_both_runs(results: tuple[Path, str]) -> None:
     ],
 )
 def test_demo_refuses_bad_options_in_one_line(arguments: list[str], says: str) -> None:
-    done = demo(*arguments)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert says in done.stderr and done.stderr.count("\n") == 1
+    status, said, error = run_here("bench/studies/qlora_finetune.py", *arguments)
+    assert (status, said) == (2, "")
+    assert says in error and error.count("\n") == 1
 
 
 @pytest.fixture
