@@ -15,7 +15,7 @@ from torch import Tensor
 from peftkern.backends.tolerances import FLOOR_MAX, FLOOR_RMS, RATIO, errors, floors  # noqa: F401
 
 GRADCHECK = {"eps": 1e-6, "atol": 1e-5, "rtol": 1e-3}  # torch.autograd.gradcheck's own defaults
-LOSS_CURVE_RTOL = 1e-3  # each of 50 steps, patched against unpatched
+LOSS_CURVE_RTOL = 1e-3  # each step of a training, patched against unpatched
 COMPACTED_RTOL = (
     1e-5  # losses after pruned triplets are dropped: other shapes, other reduction order
 )
