@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
-MOST_CASES = 6  # of a test that `make test` runs whatever their parameters are
+MOST_CASES = 3  # of a test that `make test` runs whatever their parameters are
 
 
 def thinned(*axes: Sequence[Any], diagonals: int = 1) -> list[Any]:
@@ -43,7 +43,7 @@ def axes_of(item: pytest.Item, back_ends: Collection[str]) -> dict[str, Any]:
     """
     beside = set()  # names that share their list with another
     for mark in item.iter_markers("parametrize"):
-        names = mark.args[0]
+        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
         if isinstance(names, str):
             names = names.replace(" ", "").split(",")
         beside.update(names[1:])
