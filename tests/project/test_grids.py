@@ -33,6 +33,11 @@ def test_the_best_back_end_meets_every_value_and_others_the_last():
     assert kept[4:] == [{"backend": name, "kind": 3} for name in ("torch", "reference")]
 
 
+def test_a_list_is_kept_whole_whatever_its_names_are():
+    cases = [{"isa": number} for number in range(5)]  # of parametrize("isa, dtype", ...)
+    assert covering(cases, {"isa": "avx2"}) == set(range(5))
+
+
 def test_one_diagonal_is_unmarked_and_further_ones_are_of_ci():
     names = {}
     for case in thinned([0, 1, 2, 3], [0, 1, 2], diagonals=2):

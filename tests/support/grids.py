@@ -39,20 +39,19 @@ def examples(share: float) -> settings:
 def axes_of(item: pytest.Item, back_ends: Collection[str]) -> dict[str, Any]:
     """What a test varies: a list of `parametrize` is one axis, a fixture another.
 
-    Returns: {name: the number of its value here, or the value itself for a fixture in back_ends}.
+    Returns: {name: what tells its value here from others, for a fixture in back_ends the value}.
     """
-    beside = set()  # names that share their list with another
+    params, axes = item.callspec.params, {}
+    names = set(params)
     for mark in item.iter_markers("parametrize"):
-        names = mark.args[0] if mark.args else mark.kwargs["argnames"]
-        if isinstance(names, str):
-            names = names.replace(" ", "").split(",")
-        beside.update(names[1:])
-    found = item.callspec
-    return {
-        name: found.params[name] if name in back_ends else place
-        for name, place in found.indices.items()
-        if name not in beside
-    }
+        listed = mark.args[0] if mark.args else mark.kwargs["argnames"]
+        if isinstance(listed, str):
+            listed = listed.replace(" ", "").split(",")
+        axes[listed[0]] = tuple(id(params[name]) for name in listed)
+        names.difference_update(listed)
+    for name in sorted(names):
+        axes[name] = params[name] if name in back_ends else id(params[name])
+    return axes
 
 
 def covering(cases: Sequence[dict[str, Any]], best: dict[str, Any]) -> set[int]:
@@ -60,12 +59,12 @@ def covering(cases: Sequence[dict[str, Any]], best: dict[str, Any]) -> set[int]:
 
     Args: best, {axis of back ends: the one beside which all values occur; others have one case}.
     """
-    for axis in (axis for axis in best if axis in cases[0]):
-        last = {case[axis]: i for i, case in enumerate(cases)}
-        main = [i for i, case in enumerate(cases) if case[axis] == best[axis]]
-        rest = [{k: v for k, v in cases[i].items() if k != axis} for i in main]
-        kept = {main[i] for i in covering(rest, best)} if rest else set()
-        return kept | {i for name, i in last.items() if name != best[axis]}
+    for axis, name in best.items():
+        main = [i for i, case in enumerate(cases) if case.get(axis) == name]
+        if main:
+            rest = [{k: v for k, v in cases[i].items() if k != axis} for i in main]
+            last = {case[axis]: i for i, case in enumerate(cases)}
+            return {main[i] for i in covering(rest, best)} | {*last.values()} - {*main}
     rows = [tuple(case.values()) for case in cases]
     axes = [list(dict.fromkeys(values)) for values in zip(*rows, strict=True)]
     diagonal = {
