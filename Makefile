@@ -1,7 +1,8 @@
 # make demo      fine-tune one model with PEFT and with peftkern
 # make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
-# make test-long the wider sweeps that `make test` leaves out: every shape on every instruction set,
-#                three times the fuzz
+# make test-ci   `make test`, and more cases of what it tests: what a change must pass
+# make test-long the widest sweeps, which both leave out: every shape on every instruction set,
+#                ten times the fuzz of `make test`
 # make test-deepspeed
 #                the tests of DeepSpeed, which is installed beside .venv and for them alone
 # make site      the documentation, build/site/index.html: docs/, and the reference from docstrings
@@ -28,6 +29,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 TESTS ?=
+SELECT ?= -m "not long and not ci"
 ISA ?=
 GPU_PYTHON ?= python3
 PART ?= all
@@ -53,12 +55,16 @@ demo: build
 test: $(INSTALLED)
 	$(MAKE) --jobs=2 sanitize pytest
 
+.PHONY: test-ci
+test-ci:
+	$(MAKE) test SELECT='-m "not long" --hypothesis-profile=ci'
+
 # Two processes share the cores, so idle OpenMP threads must sleep instead of spinning. Tests start
 # hundreds of processes, each of which would compile the package again were bytecode not kept.
 pytest test-long: export PYTHONDONTWRITEBYTECODE =
 pytest: build
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
-		-m "not long" $(TESTS)
+		$(SELECT) $(TESTS)
 
 test-long: build
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \

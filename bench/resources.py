@@ -1,14 +1,14 @@
 """Compile every Triton kernel for every target, without a GPU, and write what each one uses.
 
-python bench/resources.py [--arch sm90] [--out bench/results] [--quick]
+python bench/resources.py [--arch sm90] [--out bench/results] [--quick first]
 
 A file names the compiler and lists a line per launch that compiles another kernel or another
 specialization: registers of a thread, bytes that it spills, bytes of shared memory of a program;
 on NVIDIA how many groups of copies are in flight while a loop waits for one, and instructions /
-barriers of each innermost loop. With --quick only the first and the last launch of each kernel are
-compiled, and the loops of the first are read; "?" stands for the rest. Exits 1 if anything spills
-that is not known to, if a program uses more shared memory than the architecture has, if a launch
-does not compile, or if no case launches a kernel.
+barriers of each innermost loop. With --quick first only the first launch of each kernel is compiled
+and its loops are read, with --quick ends the last one is compiled as well; "?" stands for the rest.
+Exits 1 if anything spills that is not known to, if a program uses more shared memory than the
+architecture has, if a launch does not compile, or if no case launches a kernel.
 """
 
 from __future__ import annotations
@@ -109,12 +109,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=sorted(TARGETS), nargs="*", default=list(TARGETS))
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--quick", choices=("first", "ends"))
     args = parser.parse_args(argv)
     for arch in args.arch:
         LAUNCHES.update({(arch, name): launch for name, launch in launches(arch).items()})
     read = first_launches() if args.quick else LAUNCHES
-    wanted = read | first_launches(backwards=True) if args.quick else LAUNCHES
+    wanted = read | first_launches(backwards=True) if args.quick == "ends" else read
     tasks = [task for task in LAUNCHES if task in wanted]
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("fork")) as pool:
         results = pool.map(measure, tasks, [task in read for task in tasks])

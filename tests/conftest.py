@@ -23,12 +23,13 @@ os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 import cuda_emulated
 import pytest
 import torch
+from grids import MOST_CASES, axes_of, covering
 
 if not torch.cuda.is_available():  # before Triton's kernels are imported, which ask for it once
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import HealthCheck, settings
-from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_WIDE
+from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_CI, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_WIDE
 
 import peftkern
 from peftkern.backends.cpu import module as cpu
@@ -44,6 +45,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 fixed = settings(untimed, derandomize=True, database=None)
 settings.register_profile("peftkern", fixed, max_examples=FUZZ_EXAMPLES)
+settings.register_profile("ci", fixed, max_examples=FUZZ_EXAMPLES_CI)
 settings.register_profile("wide", fixed, max_examples=FUZZ_EXAMPLES_WIDE)
 # `pytest --hypothesis-profile=long` draws new examples each time, for as long as it takes.
 settings.register_profile("long", untimed, max_examples=FUZZ_EXAMPLES_LONG)
@@ -109,6 +111,21 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 _ISAS = cpu.cpu_isas() or ["no native library"]
+_BEST = {"backend": "cpu", **dict.fromkeys(("every_backend", "every_kernel", "isa"), _ISAS[-1])}
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark `ci` what a test has beyond every value of its parameters; see `grids.covering`."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if hasattr(item, "callspec") and not {"ci", "long"} & {m.name for m in item.iter_markers()}:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for cases in tests.values():
+        if len(cases) > MOST_CASES:
+            kept = covering([axes_of(case, _BEST) for case in cases], _BEST)
+            for case in (case for i, case in enumerate(cases) if i not in kept):
+                case.add_marker(pytest.mark.ci)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ imports wait until the command runs. Bad input is one line on stderr and exit st
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import os
 import sys
@@ -71,6 +72,7 @@ def _options(
     pass
 
 
+@functools.cache  # typer takes most of a short command's time for it
 def _command() -> Any:
     """Return the command line as click has it, without the "<bool>" that typer puts after flags."""
     commands = [group := typer.main.get_command(app)]

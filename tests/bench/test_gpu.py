@@ -229,6 +229,9 @@ def test_make_gpu_uses_the_machine_as_it_is():
     assert "bench/tune.py" in make("tune") and "pip" not in make("tune")
 
 
+more = functools.partial(pytest.param, marks=pytest.mark.ci)
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("part", "only", "peers"),
@@ -236,16 +239,17 @@ def test_make_gpu_uses_the_machine_as_it_is():
         ("adalora", "llama", {"patched PEFT", "PEFT", "foreach in a CUDA graph"}),
         ("low_rank_svd", "r16-values", {"torch QR+QR+gesvda, stacked", "torch Gram+eigh, stacked"}),
         ("dora", "dora/forward+backward-M512-4096x4096", {"PEFT", "frozen layer"}),
-        ("dora", "nf4-forward+backward-M512-14336x4096", {"PEFT", "frozen layer"}),
-        ("dora", "dora/nf4-norm-4096x4096", {"torch, blocks of rows"}),
-        ("grouped_linear", "/forward-gpt-oss-20b-T1/", {"PEFT", "three grouped_mm", "frozen"}),
         ("grouped_linear", "nf4-forward+backward-mixtral-8x7b-T1/", {"three grouped_mm", "frozen"}),
-        ("rosa", "rosa/sddmm-M4096-5.0%", {"dense dW", "torch, in chunks"}),
-        ("rosa", "rosa/sddmm-M512-1.0%/fp32", {"dense dW", "torch.sparse", "torch, in chunks"}),
         ("rosa", "rosa/forward-M4096-5.0%", {"dense W + S", "torch, in chunks"}),
+        more("dora", "nf4-forward+backward-M512-14336x4096", {"PEFT", "frozen layer"}),
+        more("dora", "dora/nf4-norm-4096x4096", {"torch, blocks of rows"}),
+        more("grouped_linear", "/forward-gpt-oss-20b-T1/", {"PEFT", "three grouped_mm", "frozen"}),
+        more("rosa", "rosa/sddmm-M4096-5.0%", {"dense dW", "torch, in chunks"}),
+        more("rosa", "rosa/sddmm-M512-1.0%/fp32", {"dense dW", "torch.sparse", "torch, in chunks"}),
     ],
 )
 def test_gpu_cases_are_right_under_the_interpreter(part, only, peers, tmp_path, monkeypatch):
+    """One of each script's; CI has those of its other operations."""
     monkeypatch.setattr(timer, "MIN_SAMPLES", 1)  # the interpreter takes its time
     size = "64" if part == "dora" else "16"  # bitsandbytes on a CPU is wrong where rows cut blocks
     options = ["--device", "cpu", "--only", only, "--n", size, "--k", size, "--rows", "16"]

@@ -12,11 +12,11 @@ from adalora_cases import (
     layers,
     random_scores,
 )
-from hypothesis import given, settings
+from grids import examples
+from hypothesis import given
 from hypothesis import strategies as st
 from interpreted import INTERPRETED
 from linear_cases import BF16, F16, F32
-from tolerances import FUZZ_EXAMPLES
 from torch import Tensor
 
 import peftkern
@@ -57,7 +57,7 @@ def test_a_gradient_that_is_not_finite_marks_its_triplets_alone():
     assert scores.isnan().nonzero().flatten().tolist() == [2]
 
 
-@settings(max_examples=FUZZ_EXAMPLES // 4)
+@examples(1 / 4)
 @given(
     ranks=st.lists(st.integers(0, 40), min_size=1, max_size=5).filter(any),
     kind=st.sampled_from(["any", "ties", "zero", "nan", "inf"]),

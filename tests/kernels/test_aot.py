@@ -40,14 +40,18 @@ def equal(new: str, committed: str) -> bool:
     return committed.startswith(new[:-1]) and len(committed) > len(new[:-1])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("archs", [("sm90",), pytest.param(ARCHS, marks=pytest.mark.long)])
-def test_launches_compile_fit_and_use_what_is_committed(archs, tmp_path):
-    """One test, so that one process compiles for all architectures, and once; here for one.
-
-    Of that one the first and the last launch of each kernel are compiled, and loops of the first.
-    """
-    only = ["--quick", "--arch", *archs] if len(archs) == 1 else []
+@pytest.mark.parametrize(
+    ("archs", "quick"),
+    [
+        (("sm90",), "first"),
+        pytest.param(("sm90",), "ends", marks=pytest.mark.ci),
+        pytest.param(ARCHS, None, marks=pytest.mark.long),
+    ],
+)
+def test_launches_compile_fit_and_use_what_is_committed(archs, quick, tmp_path):
+    """One test, so that one process compiles for all architectures, and once; or for one of them
+    the first launch of each kernel, or the first and the last."""
+    only = ["--quick", quick, "--arch", *archs] if quick else []
     answer = run_python("bench/resources.py", *only, "--out", tmp_path)
     assert answer.returncode == 0, answer.stdout + answer.stderr  # every kernel has a launch, too
     names = [f"resources_{arch}.txt" for arch in archs]

@@ -19,8 +19,8 @@ from gpu_cases import (
     ours,
     run_ops,
 )
-from grids import thinned
-from hypothesis import given, settings
+from grids import examples, thinned
+from hypothesis import given
 from hypothesis import strategies as st
 from interpreted import INSIDE_TENSORS, RUNS
 from linear_cases import (
@@ -34,7 +34,7 @@ from linear_cases import (
     operands,
 )
 from nf4_weights import assert_same_bits, assert_same_every_time, numpy_dequantize
-from tolerances import FUZZ_EXAMPLES, assert_as_accurate_as_torch
+from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
@@ -255,7 +255,7 @@ def test_equal_bits_every_time(case, runs):
     assert_same_every_time(lambda: run_ops(o, keep).values(), runs)
 
 
-@settings(max_examples=FUZZ_EXAMPLES // 25)
+@examples(1 / 25)
 @given(
     shape=st.tuples(*(st.integers(8, n) for n in (150, 70, 200, 70))),
     dtypes=st.sampled_from(DTYPES),

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from grids import thinned
-from hypothesis import given, settings
+from grids import examples, thinned
+from hypothesis import given
 from hypothesis import strategies as st
 from interpreted import INSIDE_TENSORS, RUNS
 from linear_cases import BF16, F16, F32, F64
@@ -26,7 +26,6 @@ from rosa_cases import (
     uneven_mask,
     whole_numbers,
 )
-from tolerances import FUZZ_EXAMPLES
 
 import peftkern
 from peftkern.backends import ops
@@ -83,7 +82,7 @@ def test_programs_that_take_several_tiles_of_x():
         assert_exact(whole_numbers(random_mask((N, 2), 40), M))
 
 
-@settings(max_examples=FUZZ_EXAMPLES // 20)
+@examples(1 / 20)
 @given(
     T=st.integers(0, 140),
     N=st.integers(1, 60),

@@ -8,6 +8,7 @@ import math
 import ddp_steps
 import pytest
 import torch
+import torch.multiprocessing as mp
 from method_models import (
     ALPHA,
     RANK,
@@ -24,7 +25,6 @@ from method_models import (
 )
 from peft import LoraConfig
 from peft.optimizers import create_lorafa_optimizer
-from processes import run_code
 from tolerances import LORA_FA_PEFT_RTOL, METHODS_RTOL, METHODS_STEPS_RTOL, errors
 from torch import Tensor, nn
 
@@ -217,15 +217,9 @@ def test_a_refused_argument_leaves_lora_A_trained():
     assert len(ours) == 2 and all(p.requires_grad for p in ours)
 
 
-DDP = """
-import sys, ddp_steps, torch.multiprocessing as mp
-mp.start_processes(ddp_steps.process, args=(2, sys.argv[1]), nprocs=2, start_method="fork")
-"""
-
-
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """Under DistributedDataParallel, each with half of every batch."""
-    run_code(DDP, tmp_path)
+    mp.start_processes(ddp_steps.process, args=(2, tmp_path), nprocs=2, start_method="fork")
     net = ddp_steps.model()
     before = ddp_steps.trained(net)
     ddp_steps.train(net, LoRAFAOptimizer(net, lr=1e-2), slice(None))

@@ -43,8 +43,12 @@ def test_example_runs(name: str):
     assert peftkern.stats().fallbacks == {}, said
 
 
+@pytest.mark.ci
 def test_the_example_of_fsdp_is_launched_as_it_says():
-    """On CPUs, by the config file that users copy; every layer is served, its losses fall."""
+    """On CPUs, by the config file that users copy; every layer is served, its losses fall.
+
+    tests/integrations/engines/test_fsdp.py trains QLoRA as accelerate wraps it, without a launcher.
+    """
     launch = ("-m", "accelerate.commands.launch", "--main_process_port", "0")
     config = EXAMPLES / f"{LAUNCHED}.yaml"
     program = EXAMPLES / f"{LAUNCHED}.py"

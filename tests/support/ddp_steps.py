@@ -1,4 +1,4 @@
-"""A process of a DistributedDataParallel run; a module of its own, so that it starts quickly."""
+"""A process of a DistributedDataParallel run, forked from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -37,8 +37,9 @@ def trained(net: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in net.parameters() if p.requires_grad]
 
 
-def process(rank: int, world: int, folder: str) -> None:
+def process(rank: int, world: int, folder: Path) -> None:
     """Trains on its share of the rows and leaves what came out in a file."""
+    torch.set_num_threads(1)  # OpenMP's threads have not come along
     start = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=start, rank=rank, world_size=world)
     net = model()
@@ -46,9 +47,9 @@ def process(rank: int, world: int, folder: str) -> None:
     share = ROWS // world
     part = slice(rank * share, (rank + 1) * share)
     train(DistributedDataParallel(net), optimizer, part)
-    torch.save(trained(net), Path(folder) / f"{rank}.pt")
+    torch.save(trained(net), folder / f"{rank}.pt")
     try:
         LoRAFAOptimizer(DistributedDataParallel(model()))
     except ValueError as error:
-        (Path(folder) / f"{rank}.txt").write_text(str(error))
+        (folder / f"{rank}.txt").write_text(str(error))
     dist.destroy_process_group()

@@ -31,7 +31,7 @@ from engines import (
 )
 from fsdp import flat
 from peft_models import fill_adapters
-from rows import ACCELERATE, CHECKPOINTS, DCP, TRAINER
+from rows import ACCELERATE, CHECKPOINTS, DCP, TRAINER, Checkpoint
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -59,6 +59,22 @@ MODELS = {
 
 
 WRAPS = {"FSDP1": flat, "FSDP2": in_decoder_layers}
+TWINS = [  # of what the same engine does with another base, or saves by another writer
+    Checkpoint("FSDP1", DCP, "QLoRA (bitsandbytes)", "resumes"),
+    Checkpoint("FSDP2", DCP, "LoRA", "resumes"),
+    Checkpoint("DDP", ACCELERATE, "LoRA", "resumes"),
+    Checkpoint("FSDP2", TRAINER, "QLoRA (bitsandbytes)", "resumes"),
+]
+assert set(TWINS) < set(CHECKPOINTS)
+
+
+def written_by(writer: str) -> list[Any]:
+    """The rows of the table, twins of others as `ci`."""
+    return [
+        pytest.param(c, marks=[pytest.mark.ci] * (c in TWINS), id=f"{c.engine} {c.method}")
+        for c in CHECKPOINTS
+        if c.writer == writer
+    ]
 
 
 class Run(NamedTuple):
@@ -134,11 +150,10 @@ def file_of(folder: Path) -> bytes:
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("engine", "method"), [(c.engine, c.method) for c in CHECKPOINTS if c.writer == DCP]
-)
-def test_distributed_checkpoints_go_on_as_the_training(tmp_path, engine, method):
+@pytest.mark.parametrize("case", written_by(DCP))
+def test_distributed_checkpoints_go_on_as_the_training(tmp_path, case):
     """One that was patched goes on bit for bit, an unpatched one as a patched one, and back."""
+    engine, method = case.engine, case.method
     for found in in_ranks(saved_and_resumed, 2, tmp_path / "run", engine, method, tmp_path):
         assert found["outcome"] == "served"
         ours = found["ours"]
@@ -210,11 +225,7 @@ def loaded(rank: int, method: str, engine: str, folder: Path) -> None:
     run.accelerator.load_state(str(folder / "state"))
 
 
-@pytest.mark.parametrize(
-    "case",
-    [c for c in CHECKPOINTS if c.writer == ACCELERATE],
-    ids=lambda c: f"{c.engine} {c.method}",
-)
+@pytest.mark.parametrize("case", written_by(ACCELERATE))
 def test_states_of_accelerate_go_on_as_the_training(tmp_path, case):
     if case.outcome != "resumes":
         reason = case.outcome.partition(": ")[2].strip("`")
@@ -250,9 +261,7 @@ def trained(rank: int, engine: str, method: str, folder: Path, kill: bool, resum
     return [losses, outcome(steps * LAYERS)]
 
 
-@pytest.mark.parametrize(
-    "case", [c for c in CHECKPOINTS if c.writer == TRAINER], ids=lambda c: f"{c.engine} {c.method}"
-)
+@pytest.mark.parametrize("case", written_by(TRAINER))
 def test_a_run_that_is_killed_resumes(tmp_path, case):
     """Between two steps, from its last checkpoint, with the losses of one that nobody disturbed."""
     how = case.engine, case.method

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import itertools
 import os
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ import expert_models
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from engine_runs import named
 from engines import CURVE, LAYERS, STEPS, in_ranks, loss_curve, nf4_llama, outcome, share
 from fsdp import (
     ADAPTED,
@@ -91,8 +92,8 @@ WRAPS: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 
 def steps_for(row: Row) -> int:
-    whole = ("a decoder layer as a unit", "each factor as a unit", "accelerate wraps", "policy")
-    return STEPS if row.method == "LoRA" and row.engine.endswith(whole) else SHORT
+    whole = "FSDP2, a decoder layer as a unit", "FSDP1, PEFT's wrap policy"
+    return STEPS if row.method == "LoRA" and row.engine in whole else SHORT
 
 
 def trained(rank: int, row: Row) -> tuple[Tensor, str, dict[str, str]]:
@@ -112,28 +113,56 @@ def trained(rank: int, row: Row) -> tuple[Tensor, str, dict[str, str]]:
     return losses, said, report.falling_back
 
 
+REFUSED = [row for row in FSDP_ROWS if row.outcome.startswith("refused: ")]
+# accelerate remembers for as long as a process lives that it has been told of FSDP.
+ALONE = [row for row in FSDP_ROWS if "accelerate" in row.engine]
+TOGETHER = [row for row in FSDP_ROWS if row not in (*REFUSED, *ALONE)]
+
+
+def trained_together(rank: int) -> dict[Row, tuple]:
+    """By each row in turn: a fork of a process that has imported so much takes its time."""
+    for row in REFUSED:
+        with pytest.raises(Exception, match=row.outcome.removeprefix("refused: ")):
+            trained(rank, row)
+    return {row: named(str(row), trained, rank, row) for row in TOGETHER}
+
+
+def curves_alone(rank: int) -> dict[str, Tensor]:
+    """Losses of one process that is not patched, the most steps of each method."""
+    steps = {row.method: steps_for(row) for row in sorted((*ALONE, *TOGETHER), key=steps_for)}
+    return {method: loss_curve(MODELS[method](), steps=range(n)) for method, n in steps.items()}
+
+
 @pytest.fixture(scope="module")
-def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tensor]:
-    """Losses of one process that is not patched."""
-
-    @functools.cache
-    def of(method: str) -> Tensor:
-        folder = tmp_path_factory.mktemp("one")
-        steps = range(STEPS if method == "LoRA" else SHORT)
-        return in_ranks(lambda rank: loss_curve(MODELS[method](), steps=steps), 1, folder)[0]
-
-    return of
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    return in_ranks(curves_alone, 1, tmp_path_factory.mktemp("one"))[0]
 
 
-@pytest.mark.parametrize("row", FSDP_ROWS, ids=lambda row: f"{row.engine}: {row.method}")
-def test_rows(row, expected, tmp_path):
-    if row.outcome.startswith("refused: "):
-        with pytest.raises(mp.ProcessRaisedException, match=row.outcome.removeprefix("refused: ")):
-            in_ranks(trained, row.processes, tmp_path, row)
-        return
-    for losses, said, falling_back in in_ranks(trained, row.processes, tmp_path, row):
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Row, tuple]]:
+    return in_ranks(trained_together, 2, tmp_path_factory.mktemp("two"))
+
+
+def assert_served(row: Row, ranks: list[tuple], expected: dict[str, Tensor]) -> None:
+    assert row.processes == len(ranks)
+    for losses, said, falling_back in ranks:
         assert (said, falling_back) == (row.outcome, {})
-        torch.testing.assert_close(losses, expected(row.method)[: len(losses)], **CURVE)
+        torch.testing.assert_close(losses, expected[row.method][: len(losses)], **CURVE)
+
+
+def name_of(row: Row) -> str:
+    return f"{row.engine}: {row.method}"
+
+
+@pytest.mark.parametrize("row", TOGETHER, ids=name_of)
+def test_rows(row, expected, together):
+    """Those that are refused, too, as `trained_together` asserts in every rank."""
+    assert_served(row, [found[row] for found in together], expected)
+
+
+@pytest.mark.parametrize("row", ALONE, ids=name_of)
+def test_rows_of_accelerate(row, expected, tmp_path):
+    assert_served(row, in_ranks(trained, row.processes, tmp_path, row), expected)
 
 
 class State(NamedTuple):
@@ -314,9 +343,16 @@ def unchanged(*modules: nn.Module) -> Iterator[None]:
     assert hooks == [list(m._forward_hooks) + list(m._forward_pre_hooks) for m in modules]
 
 
-def alone(rank: int, part: Callable[[], None]) -> None:
+def parts_in_turn(rank: int) -> dict[str, str]:
+    """What went wrong in each part, which computes in a group of one process."""
     compute_small_layers()
-    part()
+    found = {}
+    for part in PARTS:
+        try:
+            part()
+        except Exception:
+            found[part.__name__] = traceback.format_exc()
+    return found
 
 
 def units(**policies: Any) -> tuple[nn.Module, list[nn.Module]]:
@@ -459,16 +495,18 @@ def compiled() -> None:
     torch.testing.assert_close(torch.compile(model, backend="aot_eager")(x), expected)
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        *(leaves_nothing_behind, layers_that_are_units, experts_in_4_bits),
-        *(casts_that_differ, output_dtype_is_kept),
-        *(calls_that_others_see, merged_and_disabled, compiled),
-    ],
-)
-def test_one_layer(part, tmp_path):
-    in_ranks(alone, 1, tmp_path, part)
+PARTS = (leaves_nothing_behind, layers_that_are_units, experts_in_4_bits, casts_that_differ)
+PARTS += (output_dtype_is_kept, calls_that_others_see, merged_and_disabled, compiled)
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return in_ranks(parts_in_turn, 1, tmp_path_factory.mktemp("parts"))[0]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_one_layer(part, wrong):
+    assert part.__name__ not in wrong, wrong[part.__name__]
 
 
 @pytest.mark.parametrize(
