@@ -75,7 +75,7 @@ DEEPSPEED := build/deepspeed
 .PHONY: test-deepspeed
 test-deepspeed: build $(DEEPSPEED)/.installed
 	DS_ACCELERATOR=cpu PYTHONPATH="$(CURDIR)/$(DEEPSPEED):$$PYTHONPATH" OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q $(or $(TESTS),tests/integrations/engines/test_zero.py)
+		$(BIN)/python -m pytest -q $(or $(TESTS),$(wildcard tests/integrations/engines/test_zero*.py))
 
 $(DEEPSPEED)/.installed: requirements-deepspeed.txt $(INSTALLED)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(PIP) --no-build-isolation --no-deps --upgrade \

@@ -252,8 +252,6 @@ def _print_communication(console: Any, training: Training, found: Plan) -> None:
     unit, size = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
     table = _table(console, f"size, {unit}", f"a device sends, {unit}")
     for name, one in rows.items():
-        if training.shard == "zero3" and name == "all-gather, backward":
-            name += ", at most"
         table.add_row(name, *(f"{one[key] / size:.2f}" for key in ("bytes", "sent")))
     table.add_section()
     total = sum(one["sent"] for one in rows.values())
@@ -329,10 +327,6 @@ def _caveat(training: Training) -> str:
     else:
         text = "Bytes of tensors, counted, not measured on a GPU: the CUDA context, cuBLAS'"
         text += " workspaces and fragmentation come on top."
-    if training.shard == "zero3":
-        text += " DeepSpeed's bounds of what is gathered at once, and again in the backward pass,"
-        text += " are counted, not what it gathers: of small models peaks were 6% below those that"
-        text += " DeepSpeed had to 11% above."
     if training.optimizer.startswith("paged"):
         text += " Paged optimizer states may move to the host's memory."
     return text

@@ -7,7 +7,7 @@ which the plan is, holds the largest shards.
 
 Sources: torch.nn.parallel.DistributedDataParallel (torch/csrc/distributed/c10d/reducer.cpp),
 torch.distributed.fsdp.fully_shard (_fsdp_param_group.py, _fsdp_collectives.py) of torch 2.13;
-deepspeed/runtime/zero/stage3.py and partitioned_param_coordinator.py of DeepSpeed 0.19.
+deepspeed/runtime/zero/stage3.py of DeepSpeed 0.19.
 """
 
 from __future__ import annotations
@@ -20,13 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.tools.plan.gathering import (
+    AFTER,
+    BACKWARD,
+    FORWARD,
+    WITHIN,
+    Gathering,
+    Limits,
+    Owner,
+    Recorder,
+    expanded,
+)
 from peftkern.tools.plan.tracker import BUFFERS, FIXED, GATHERED, GRADIENTS, Tracker
 
 __all__ = ["ALL_GATHER", "ALL_REDUCE", "BROADCAST", "REDUCE_SCATTER", "Engine", "engine_of", "sent"]
 ALL_GATHER, REDUCE_SCATTER = "all-gather", "reduce-scatter"
 ALL_REDUCE, BROADCAST = "all-reduce", "broadcast"
-FORWARD, BACKWARD, OPTIMIZER = "forward", "backward", "optimizer"
+OPTIMIZER = "optimizer"  # a phase
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+Trace = dict[Any, Counter]  # {segment: bytes by part}
+Kinds = dict[Any, list[int]]  # {(name of the list, kind of layer): indices}
 
 
 def sent(collective: str, nbytes: int, devices: int) -> int:
@@ -79,12 +92,19 @@ class Engine:
     def finish_backward(self) -> None:
         """After the backward pass of the whole model."""
 
+    def end(self) -> None:
+        """Leave the model, also after a step that failed."""
+
     def gradient(self, parameter: Tensor) -> None:
         """At a parameter's gradient, which is complete."""
         self.tracker.move(parameter.grad, GRADIENTS)
 
-    def extend(self, trace: dict[Any, Counter]) -> None:
-        """Add to the trace of a whole model what is no sum over its layers."""
+    def extend(self, trace: Trace, kinds: Kinds, saved: dict[Any, Counter]) -> None:
+        """Add to the trace of a whole model what is no sum over its layers.
+
+        Args: kinds, the indices of the layers of each (list, kind); saved, what a layer of a kind
+        of which not all were run holds from its forward to its backward pass.
+        """
 
     def _count(self, collective: str, phase: str, nbytes: int) -> None:
         self.communication[collective, phase, "bytes"] += nbytes
@@ -269,23 +289,24 @@ class ZeRO3(Engine):
     """DeepSpeed's stage 3, with the sizes that transformers fills in for "auto".
 
     Everything is cast to the training's dtype. A parameter is cut into equal pieces of its
-    elements; one of at most 10 * hidden_size elements is whole on every device as well, gathered
-    after the optimizer's step. The others are gathered in the forward pass, those of decoder layers
-    again in the backward pass. DeepSpeed keeps what is read again within 1e9 elements
-    (`max_live_parameters`, `max_reuse_distance`): so many, or a module's own where they are more,
-    count as gathered throughout both passes, but what that saves of gathering is not taken off.
-    Gradients go through a bucket of hidden_size^2 elements into shards that stay; the optimizer has
-    a copy of its shards in float32.
+    elements; a small one is whole on every device as well, gathered after the optimizer's step. The
+    others are gathered and dropped at every module's call as `gathering` replays it. Gradients go
+    through a bucket of hidden_size^2 elements into shards that stay; the optimizer has a copy of
+    its shards in float32.
     """
 
-    LIVE = 10**9
+    def __init__(self, training: Any, hidden: int) -> None:
+        super().__init__(training, hidden)
+        self.limits = Limits.of(hidden)
+        self.recorder: Recorder | None = None
+        self.gathers: list[tuple[str, int]] = []  # of the last step, each one's phase and bytes
 
     def _piece(self, parameter: Tensor) -> int:
         return ceil(parameter.numel() / self.devices)
 
     def _stays(self, parameter: Tensor) -> bool:
         """Return whether a parameter is whole on every device."""
-        return parameter.numel() <= 10 * self.hidden
+        return parameter.numel() <= self.limits.small
 
     def held(self, tensor: Tensor) -> int:
         if not isinstance(tensor, nn.Parameter):
@@ -304,22 +325,22 @@ class ZeRO3(Engine):
         fixed["bucket of gradients"] = item * self.hidden**2
         with tracker.filed(FIXED):
             self.flat = torch.empty(pieces)
-        modules = (m.parameters(recurse=False) for m in model.modules())
-        self.largest = max(sum(map(self._whole, own)) for own in modules)
-        layers = [m for m in model.modules() if "plan_label" in vars(m)]
-        for phase, read in ((FORWARD, [model]), (BACKWARD, layers)):
-            seen: set[int] = set()
-            nbytes = sum(self._whole(p) for module in read for p in _new(module, seen))
-            self.communication[ALL_GATHER, phase, "bytes"] = nbytes
         self.communication[REDUCE_SCATTER, BACKWARD, "bytes"] = item * self.devices * pieces
         stay = (p for p in model.parameters() if self._stays(p))
         nbytes = sum(self.devices * self._piece(p) * p.element_size() for p in stay)
         self.communication[ALL_GATHER, OPTIMIZER, "bytes"] = nbytes
+        self.recorder = Recorder(model, tracker, self.limits)
 
-    def _whole(self, parameter: Tensor) -> int:
-        """Return the bytes of a parameter that is gathered, padded."""
-        pieces = 0 if self._stays(parameter) else self.devices * self._piece(parameter)
-        return pieces * parameter.element_size()
+    def end(self) -> None:
+        if self.recorder is not None:
+            self.recorder.remove()
+
+    def after(self, layer: nn.Module | None) -> None:
+        if layer is None:
+            self.recorder.phase = BACKWARD
+
+    def finish_backward(self) -> None:
+        self.tracker.mark(None)
 
     def trained(self) -> list[Tensor]:
         """One flat shard in float32, and its gradient of the same dtype."""
@@ -331,12 +352,49 @@ class ZeRO3(Engine):
     def gradient(self, parameter: Tensor) -> None:
         parameter.grad = None  # into the bucket
 
-    def extend(self, trace: dict[Any, Counter]) -> None:
-        total = trace["communication"][ALL_GATHER, FORWARD, "bytes"]
-        most = max(self.LIVE * _DTYPES[self.training.dtype].itemsize, self.largest)
-        for segment, parts in trace.items():
-            if segment[0] in (FORWARD, BACKWARD):
-                parts[GATHERED] += min(total, most)
+    def extend(self, trace: Trace, kinds: dict[Any, list[int]], saved: dict[Any, Counter]) -> None:
+        """Add what is gathered at each moment, of a layer that was not run at that of its like: the
+        one of most bytes counts."""
+        events = self.recorder.events()
+        like, less = _likes({event.owner for event in events}, kinds, saved)
+        events = expanded(events, like)
+        gathering = Gathering(events, self.limits, self.devices, self.tracker.rounded)
+        self.gathers = gathering.calls
+        for phase, nbytes in self.gathers:
+            trace["communication"][ALL_GATHER, phase, "bytes"] += nbytes
+            trace["communication"][ALL_GATHER, phase, "calls"] += 1
+        segments: dict[Any, list[Any]] = {}
+        for segment in trace:
+            segments.setdefault(segment[-1], []).append(segment)
+        found: Trace = {}
+        for event, *bytes_of in gathering.moments:
+            for when, (weights, buffers) in zip((WITHIN, AFTER), bytes_of, strict=True):
+                for segment in segments.get((*event.moment, when), ()):
+                    parts = Counter(trace[segment])
+                    parts.subtract(less.get(event.owner, {}))
+                    parts.update({GATHERED: weights, BUFFERS: buffers})
+                    found[segment] = max(parts, found.get(segment, parts), key=Counter.total)
+        trace |= found
+
+
+def _likes(
+    run: set[Owner], kinds: Kinds, saved: dict[Any, Counter]
+) -> tuple[dict[str, list[int]], dict[Owner, Counter]]:
+    """Return for each list of layers the index of one that was run and is like each of them, and
+    what less than that is held at one: what the layers between them save.
+    """
+    of: dict[str, dict[int, tuple[Any, int]]] = {}
+    for (name, kind), found in kinds.items():
+        for i in found:
+            of.setdefault(name, {})[i] = (name, kind), i if (name, i) in run else found[-1]
+    less: dict[Owner, Counter] = {}
+    for name, layers in of.items():
+        for i, (_, like) in layers.items():
+            if like != i:
+                less[name, i] = Counter()
+                for between in range(i, like):
+                    less[name, i].update(saved.get(layers[between][0], {}))
+    return {name: [layers[i][1] for i in sorted(layers)] for name, layers in of.items()}, less
 
 
 def _new(module: nn.Module, seen: set[int]) -> Iterator[nn.Parameter]:

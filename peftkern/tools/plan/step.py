@@ -25,7 +25,7 @@ from transformers.utils import import_utils
 from peftkern import patch
 from peftkern.backends import dispatch, trust
 from peftkern.tools.plan import build
-from peftkern.tools.plan.sharding import Engine, engine_of
+from peftkern.tools.plan.sharding import Engine, Kinds, Trace, engine_of
 from peftkern.tools.plan.tracker import (
     ACTIVATIONS,
     CHECKPOINTS,
@@ -37,8 +37,6 @@ from peftkern.tools.plan.work import IMPORTANCE, STEP
 
 _MIN_8BIT, _BLOCK_8BIT = 4096, 256  # of bitsandbytes' 8-bit optimizers
 _RUN = 2  # layers of a kind that are run at least
-Trace = dict[Any, Counter]  # {segment: bytes by part}
-Kinds = dict[Any, list[int]]  # {(name of the list, kind of layer): indices}
 
 
 class Steps:
@@ -54,22 +52,26 @@ class Steps:
 
     def trace(self, batch: int, sequence: int) -> Trace:
         """Return the bytes of each segment of the whole model's step."""
-        start = self._run(self.base, batch, sequence)
+        missing = {kind: len(found) - self.base[kind] for kind, found in self.kinds.items()}
+        longer = {
+            kind: self._run({**self.base, kind: self.base[kind] + 1}, batch, sequence)
+            for kind, count in missing.items()
+            if count
+        }
+        start = self._run(self.base, batch, sequence)  # the last one: the engine extends it
         total = {segment: Counter(parts) for segment, parts in start.items()}
-        longer = []
-        for kind, found in self.kinds.items():
-            missing = len(found) - self.base[kind]
-            if not missing:
-                continue
-            more = self._run({**self.base, kind: self.base[kind] + 1}, batch, sequence)
+        saved = {kind: Counter() for kind in longer}
+        for kind, more in longer.items():
             for segment, parts in total.items():
-                for part in more[segment].keys() | start[segment].keys():
-                    step = more[segment][part] - start[segment][part]
-                    parts[part] += missing * step
-            longer.append(more)
-        for more in longer:
+                step = Counter(more[segment])
+                step.subtract(start[segment])
+                for part, nbytes in step.items():
+                    parts[part] += missing[kind] * nbytes
+                if segment[0] == "backward":
+                    saved[kind] = max(saved[kind], step, key=Counter.total)
+        for more in longer.values():
             total |= _between(total, more)
-        self.engine.extend(total)
+        self.engine.extend(total, self.kinds, saved)
         return total
 
     def _run(self, counts: dict[Any, int], batch: int, sequence: int) -> Trace:
@@ -154,6 +156,7 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()
+            engine.end()
             for p in trained:
                 p.grad = None
             if self.training.adaptive:
@@ -311,7 +314,8 @@ def _kind(layer: nn.Module) -> tuple:
 
 def _truncate(model: nn.Module, kinds: Kinds, counts: dict[Any, int]) -> None:
     """Keep so many layers of each kind, the last one and the first ones, so that the whole list's
-    last layer stays the last; each has its kind and place as a label."""
+    last layer stays the last; each has its kind and its place among them as a label, and its place
+    in the whole list."""
     for name, layers in list(_stacks(model)):
         kept = []
         for kind, found in kinds.items():
@@ -322,6 +326,7 @@ def _truncate(model: nn.Module, kinds: Kinds, counts: dict[Any, int]) -> None:
         chosen = nn.ModuleList()
         for i, kind, first, last in kept:
             layers[i].plan_label = (kind, "first" if first else "last" if last else "between")
+            layers[i].plan_place = (name, i)
             chosen.append(layers[i])
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, chosen)

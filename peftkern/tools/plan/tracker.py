@@ -32,14 +32,16 @@ class Tracker(TorchDispatchMode):
     """Dispatch mode that sums live storages by part, and keeps the peak of each segment of a step.
 
     cuda: count as on a GPU. large: elements from which on a tensor outside of the layers is one of
-    the logits. `part` is that of new storages, `segment` the key of `peaks`, `doing` what the ops
-    are for that are counted in `work`; None, and none is.
+    the logits. `part` is that of new storages, `segment` the key of `peaks`, or its phase and the
+    `moment` if there is one, `doing` what the ops are for that are counted in `work`; None, and
+    none is.
     """
 
     def __init__(self, cuda: bool, large: int) -> None:
         super().__init__()
         self.cuda, self.large = cuda, large
         self.part, self.segment, self.in_layer = FIXED, None, False
+        self.moment: Any = None
         self.live: Counter[str] = Counter()
         self.work: Counter[tuple[str, int, int]] = Counter()
         self.doing: str | None = None
@@ -75,6 +77,11 @@ class Tracker(TorchDispatchMode):
     def enter(self, segment: Any, part: str, in_layer: bool = False) -> None:
         """Begin a segment, or go on with it."""
         self.segment, self.part, self.in_layer = segment, part, in_layer
+        self._record()
+
+    def mark(self, moment: Any) -> None:
+        """Begin a moment of a phase, which goes on until the next one; None: there are none."""
+        self.moment = moment
         self._record()
 
     @contextlib.contextmanager
@@ -122,10 +129,11 @@ class Tracker(TorchDispatchMode):
     def _record(self) -> None:
         if self.segment is None:
             return
-        found = self.peaks.get(self.segment)
+        key = self.segment if self.moment is None else (self.segment[0], self.moment)
+        found = self.peaks.get(key)
         total = sum(self.live[part] for part in PARTS)
         if found is None or total > sum(found.values()):
-            self.peaks[self.segment] = {part: self.live[part] for part in PARTS}
+            self.peaks[key] = {part: self.live[part] for part in PARTS}
 
     def _scratch(self, func: Any, args: tuple, out: Any) -> int:
         """Return bytes that an op takes and gives back beside its results."""

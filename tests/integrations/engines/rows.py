@@ -30,8 +30,8 @@ class Row(NamedTuple):
 class Checkpoint(NamedTuple):
     """One line of the table of checkpoints: two processes that save, and others that go on.
 
-    outcome: "resumes", with the losses of the training bit for bit, or "fails: " and the error that
-    unpatched models have, too.
+    outcome: "resumes", with the losses of the training bit for bit, and on what condition, or
+    "fails: " and the error that unpatched models have, too.
     """
 
     engine: str
@@ -56,6 +56,12 @@ CHECKPOINTS = (
         ACCELERATE,
         "QLoRA (peftkern.quantize_)",
         "fails: `base_layer.weight.absmax`",
+    ),
+    Checkpoint(
+        "FSDP1 SHARDED_STATE_DICT",
+        ACCELERATE,
+        "LoRA",
+        "resumes, if the optimizer has states before `load_state`",
     ),
     Checkpoint("DDP", ACCELERATE, "LoRA", "resumes"),
     Checkpoint("DDP", ACCELERATE, "QLoRA (peftkern.quantize_)", "resumes"),

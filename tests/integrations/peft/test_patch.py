@@ -7,12 +7,15 @@ import dataclasses
 import functools
 import json
 import pickle
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from call_counts import calls_of
 from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from peft.tuners import lora
+from peft.tuners.lora.tp_layer import LoraParallelLinear
 from peft_models import (
     TARGETS,
     K,
@@ -154,6 +157,33 @@ def test_other_tuners_are_skipped():
     report = peftkern.patch(get_peft_model(Net(make_linear()), config))
     assert report.patched == []
     assert list(report.skipped.values()) == ["ia3.Linear has no kernel"]
+
+
+def test_parallel_layers_of_megatron_are_left_to_peft(monkeypatch):
+    """PEFT tells them by the classes of megatron-core, for which others stand here."""
+
+    class RowParallelLinear(nn.Linear):
+        input_is_parallel = True
+
+        def __init__(self, input_size, output_size, bias, **options):
+            super().__init__(input_size, output_size, bias)
+            self.input_size, self.output_size = input_size, output_size
+
+    parallel = SimpleNamespace(RowParallelLinear=RowParallelLinear, ColumnParallelLinear=type(None))
+    core = SimpleNamespace(tensor_parallel=parallel)
+    monkeypatch.setitem(sys.modules, "megatron.core", core)
+    how = {"megatron_config": SimpleNamespace(), "init_lora_weights": False}
+    config = LoraConfig(target_modules=["proj"], **how)
+    base = RowParallelLinear(K, K, bias=False)
+    with pytest.raises(KeyError, match="fan_in_fan_out"):  # PEFT 0.21.2
+        get_peft_model(Net(base), config)
+    how = {"backend": parallel, "r": 4, "megatron_config": config.megatron_config}
+    layer = LoraParallelLinear(base, "default", config, **how)
+    report = peftkern.patch(Net(layer))
+    assert (report.patched, report.skipped) == (
+        [],
+        {"proj": "lora.LoraParallelLinear has no kernel"},
+    )
 
 
 def test_layers_that_are_not_pefts_own_are_skipped():
