@@ -21,6 +21,11 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
 
+def assert_same_numbers(got: Tensor, expected: Tensor) -> None:
+    """But for the signs of zeros: bitsandbytes decodes FP4's -0 as 0 where there is no AVX-512."""
+    assert got.dtype == expected.dtype and torch.equal(got, expected)
+
+
 def assert_same_bits(got: Any, expected: Any) -> None:
     """Of two tensors, or of each pair in lists or dicts of them."""
     if not isinstance(got, Tensor):

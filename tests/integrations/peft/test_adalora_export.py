@@ -132,7 +132,9 @@ def test_convolutions_heads_and_names_that_end_alike(tmp_path: Path, cut: str):
     assert ranks == {**dict.fromkeys(["conv", "proj", "inner.proj"], 4), cut.lstrip("."): 1}
     x = torch.randn(2, 3, 6, 6)
     loaded = PeftModel.from_pretrained(Net(), str(tmp_path))
-    torch.testing.assert_close(loaded(x), model(x), rtol=1e-5, atol=1e-6)
+    y = model(x)
+    atol = 1e-6 * y.abs().max().item()  # of the largest: small ones are sums that cancel
+    torch.testing.assert_close(loaded(x), y, rtol=1e-5, atol=atol)
     layers = {name: loaded.base_model.model.get_submodule(name) for name in ranks}
     assert {name: layer.r["default"] for name, layer in layers.items()} == ranks
 
