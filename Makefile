@@ -1,6 +1,6 @@
 # make demo      fine-tune one model with PEFT and with peftkern
 # make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
-# make test-ci   `make test`, and more cases of what it tests: what a change must pass
+# make test-more `make test`, and more cases of what it tests
 # make test-long the widest sweeps, which both leave out: every shape on every instruction set,
 #                ten times the fuzz of `make test`
 # make test-deepspeed
@@ -29,7 +29,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 TESTS ?=
-SELECT ?= -m "not long and not ci"
+SELECT ?= -m "not long and not more"
 ISA ?=
 GPU_PYTHON ?= python3
 PART ?= all
@@ -55,9 +55,9 @@ demo: build
 test: $(INSTALLED)
 	$(MAKE) --jobs=2 sanitize pytest
 
-.PHONY: test-ci
-test-ci:
-	$(MAKE) test SELECT='-m "not long" --hypothesis-profile=ci'
+.PHONY: test-more
+test-more:
+	$(MAKE) test SELECT='-m "not long" --hypothesis-profile=more'
 
 # Two processes share the cores, so idle OpenMP threads must sleep instead of spinning. Tests start
 # hundreds of processes, each of which would compile the package again were bytecode not kept.

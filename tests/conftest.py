@@ -29,7 +29,7 @@ if not torch.cuda.is_available():  # before Triton's kernels are imported, which
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from hypothesis import HealthCheck, settings
-from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_CI, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_WIDE
+from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_MORE, FUZZ_EXAMPLES_WIDE
 
 import peftkern
 from peftkern.backends.cpu import module as cpu
@@ -45,7 +45,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 fixed = settings(untimed, derandomize=True, database=None)
 settings.register_profile("peftkern", fixed, max_examples=FUZZ_EXAMPLES)
-settings.register_profile("ci", fixed, max_examples=FUZZ_EXAMPLES_CI)
+settings.register_profile("more", fixed, max_examples=FUZZ_EXAMPLES_MORE)
 settings.register_profile("wide", fixed, max_examples=FUZZ_EXAMPLES_WIDE)
 # `pytest --hypothesis-profile=long` draws new examples each time, for as long as it takes.
 settings.register_profile("long", untimed, max_examples=FUZZ_EXAMPLES_LONG)
@@ -116,16 +116,17 @@ _BEST = {"backend": "cpu", **dict.fromkeys(("every_backend", "every_kernel", "is
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark `ci` what a test has beyond every value of its parameters; see `grids.covering`."""
+    """Mark `more` what a test has beyond every value of its parameters; see `grids.covering`."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
-        if hasattr(item, "callspec") and not {"ci", "long"} & {m.name for m in item.iter_markers()}:
+        marks = {mark.name for mark in item.iter_markers()}
+        if hasattr(item, "callspec") and not {"more", "long"} & marks:
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     for cases in tests.values():
         if len(cases) > MOST_CASES:
             kept = covering([axes_of(case, _BEST) for case in cases], _BEST)
             for case in (case for i, case in enumerate(cases) if i not in kept):
-                case.add_marker(pytest.mark.ci)
+                case.add_marker(pytest.mark.more)
 
 
 @contextlib.contextmanager

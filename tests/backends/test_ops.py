@@ -53,7 +53,7 @@ def assert_same(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...], kind: str =
             assert torch.equal(a, b)
 
 
-CI, LONG = pytest.mark.ci, pytest.mark.long  # what another does, too: inductor, a dense base
+MORE, LONG = pytest.mark.more, pytest.mark.long  # what another does, too: inductor, a dense base
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ CI, LONG = pytest.mark.ci, pytest.mark.long  # what another does, too: inductor,
     [
         ("nf4_lora_linear", "inductor"),
         *product(["lora_linear", "dora_linear", "rosa_linear"], ["aot_eager"]),
-        pytest.param("nf4_dora_linear", "inductor", marks=CI),
-        pytest.param("nf4_rosa_linear", "aot_eager", marks=CI),
+        pytest.param("nf4_dora_linear", "inductor", marks=MORE),
+        pytest.param("nf4_rosa_linear", "aot_eager", marks=MORE),
         *(pytest.param(kind, "eager", marks=LONG) for kind in KINDS),
         *(pytest.param(f"nf4_{name}_linear", "aot_eager", marks=LONG) for name in ("lora", "dora")),
         *(pytest.param(f"{name}_linear", "inductor", marks=LONG) for name in ("lora", "dora")),
@@ -86,7 +86,10 @@ def test_compile_fullgraph_training(kind: str, engine: str) -> None:
     "kind",
     [
         *("nf4_lora_linear", "dora_linear", "rosa_linear"),
-        *(pytest.param(k, marks=CI) for k in ("lora_linear", "nf4_dora_linear", "nf4_rosa_linear")),
+        *(
+            pytest.param(k, marks=MORE)
+            for k in ("lora_linear", "nf4_dora_linear", "nf4_rosa_linear")
+        ),
     ],
 )
 def test_compile_dropout_autocast_and_a_dynamic_batch(kind: str) -> None:

@@ -212,7 +212,7 @@ def check_record(stem: str, record: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "benches", [BENCHES, pytest.param(BENCHES + MORE_BENCHES, marks=pytest.mark.ci)]
+    "benches", [BENCHES, pytest.param(BENCHES + MORE_BENCHES, marks=pytest.mark.more)]
 )
 def test_benchmarks_write_results_and_the_pages(benches, results, tmp_path: Path) -> None:
     """Those of the demo are there already."""

@@ -78,7 +78,7 @@ WHOLE = [case for case in STEPS if "llama3-8b" in case.name and "-2048-" in case
 def first_of(cases: Iterable[specs.Steps]) -> list[Any]:
     """The first; the others, which differ in the method or in what is kept, are of CI."""
     first, *others = cases
-    return [first, *(pytest.param(case, marks=pytest.mark.ci) for case in others)]
+    return [first, *(pytest.param(case, marks=pytest.mark.more) for case in others)]
 
 
 @pytest.mark.parametrize("case", [*bench_e2e.CASES, *first_of(WHOLE)], ids=lambda case: case.name)

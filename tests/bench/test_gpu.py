@@ -229,7 +229,7 @@ def test_make_gpu_uses_the_machine_as_it_is():
     assert "bench/tune.py" in make("tune") and "pip" not in make("tune")
 
 
-more = functools.partial(pytest.param, marks=pytest.mark.ci)
+more = functools.partial(pytest.param, marks=pytest.mark.more)
 
 
 @interpreted

@@ -220,7 +220,7 @@ def test_missing_native_library_is_wrong(bare, tmp_path):
         ("PEFTKERN_BACKEND", "gpu", "PEFTKERN_BACKEND: expected one of", False),
         pytest.param(
             *("PEFTKERN_BACKEND", "triton", "on cpu (triton: tensors are on cpu)", True),
-            marks=pytest.mark.ci,
+            marks=pytest.mark.more,
         ),
     ],
 )

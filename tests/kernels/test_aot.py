@@ -44,7 +44,7 @@ def equal(new: str, committed: str) -> bool:
     ("archs", "quick"),
     [
         (("sm90",), "first"),
-        pytest.param(("sm90",), "ends", marks=pytest.mark.ci),
+        pytest.param(("sm90",), "ends", marks=pytest.mark.more),
         pytest.param(ARCHS, None, marks=pytest.mark.long),
     ],
 )

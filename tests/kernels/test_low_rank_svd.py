@@ -1,7 +1,7 @@
 """The Triton kernels of the low-rank SVD, run interpreted, to the CPU version's bounds.
 
 Each pair costs a second in the interpreter, so that a case is here once where it is small, and for
-each block of ranks or tile of rows; the rest is `ci` or `long`.
+each block of ranks or tile of rows; the rest is `more` or `long`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from peftkern.functional.low_rank_svd import low_rank_svd
 
 pytestmark = INTERPRETED
 
-CI, LONG = pytest.mark.ci, pytest.mark.long
+MORE, LONG = pytest.mark.more, pytest.mark.long
 EDGES = named(
     (scales, (1e-20, 1e20)),
     (zero_factors, (4,)),
@@ -82,13 +82,13 @@ def test_shapes(shape):
 
 @pytest.mark.parametrize(
     "kappa",
-    [9e4, 3e5, pytest.param(1e4, marks=CI), *(pytest.param(k, marks=LONG) for k in (1, 1e6))],
+    [9e4, 3e5, pytest.param(1e4, marks=MORE), *(pytest.param(k, marks=LONG) for k in (1, 1e6))],
 )
 def test_condition_numbers(kappa):
     check_condition(80, 70, 7, kappa)
 
 
-@pytest.mark.ci
+@pytest.mark.more
 def test_second_pass_of_the_largest_block():
     """`test_condition_numbers` takes one in the smallest."""
     B, A = (factor.float() for factor in graded(97, 80, 64, 1e6))

@@ -43,7 +43,7 @@ def test_example_runs(name: str):
     assert peftkern.stats().fallbacks == {}, said
 
 
-@pytest.mark.ci
+@pytest.mark.more
 def test_the_example_of_fsdp_is_launched_as_it_says():
     """On CPUs, by the config file that users copy; every layer is served, its losses fall.
 

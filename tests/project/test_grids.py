@@ -43,4 +43,4 @@ def test_one_diagonal_is_unmarked_and_further_ones_are_of_ci():
     for case in thinned([0, 1, 2, 3], [0, 1, 2], diagonals=2):
         names.setdefault("".join(mark.name for mark in case.marks), []).append(case.values)
     assert names[""] == [(0, 0), (1, 1), (2, 2), (3, 0)]
-    assert names["ci"] == [(0, 1), (1, 2), (2, 0), (3, 1)] and len(names["long"]) == 4
+    assert names["more"] == [(0, 1), (1, 2), (2, 0), (3, 1)] and len(names["long"]) == 4

@@ -13,7 +13,7 @@ MOST_CASES = 3  # of a test that `make test` runs whatever their parameters are
 
 
 def thinned(*axes: Sequence[Any], diagonals: int = 1) -> list[Any]:
-    """The product of the axes: one diagonal unmarked, further ones `ci`, the rest `long`.
+    """The product of the axes: one diagonal unmarked, further ones `more`, the rest `long`.
 
     On a diagonal every value of every axis occurs; each further one pairs the values otherwise.
     """
@@ -22,7 +22,7 @@ def thinned(*axes: Sequence[Any], diagonals: int = 1) -> list[Any]:
     for shift in reversed(range(diagonals)):
         for i in range(max(map(len, axes))):
             on_it = tuple((i + shift * k) % len(axis) for k, axis in enumerate(axes))
-            marks[on_it] = (pytest.mark.ci,) if shift else ()
+            marks[on_it] = (pytest.mark.more,) if shift else ()
     cases = []
     for place in places:
         case = [axis[i] for axis, i in zip(axes, place, strict=True)]

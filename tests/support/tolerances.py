@@ -71,7 +71,7 @@ ROSA_OVERLAP = 0.95  # of masks from streamed and from dense sums of gradients, 
 PLAN_RTOL = 0.05  # of the bytes at a step's peak, counted against measured
 
 FUZZ_EXAMPLES = 30
-FUZZ_EXAMPLES_CI = 100  # of `make test-ci`
+FUZZ_EXAMPLES_MORE = 100  # of `make test-more`
 FUZZ_EXAMPLES_WIDE = 300  # of `make test-long`
 FUZZ_EXAMPLES_LONG = 100_000
 FUZZ_SVD_SHARE = 0.4  # of the examples: each one needs a dense SVD

@@ -70,9 +70,9 @@ assert set(TWINS) < set(CHECKPOINTS)
 
 
 def written_by(writer: str) -> list[Any]:
-    """The rows of the table, twins of others as `ci`."""
+    """The rows of the table, twins of others as `more`."""
     return [
-        pytest.param(c, marks=[pytest.mark.ci] * (c in TWINS), id=f"{c.engine} {c.method}")
+        pytest.param(c, marks=[pytest.mark.more] * (c in TWINS), id=f"{c.engine} {c.method}")
         for c in CHECKPOINTS
         if c.writer == writer
     ]

@@ -274,7 +274,7 @@ def test_4bit_layer_without_an_adapter():
     assert served_by_us() == 1 and torch.equal(net[0].weight.data, codes)
 
 
-@pytest.mark.parametrize("make", [MAKERS[0], pytest.param(MAKERS[1], marks=pytest.mark.ci)])
+@pytest.mark.parametrize("make", [MAKERS[0], pytest.param(MAKERS[1], marks=pytest.mark.more)])
 def test_compiled_with_hooks(make):
     model = dispatch(lora_net(make()))
     peftkern.patch(model)

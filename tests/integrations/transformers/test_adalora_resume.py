@@ -50,7 +50,7 @@ def plain(tmp_path_factory) -> Path:
 
 # On the first mask, on the last, before the first, between two, before the last, on one, after all.
 RESUMED = [3, LAST_MASK]
-RESUMED += [pytest.param(step, marks=pytest.mark.ci) for step in (1, 8, LAST_MASK - 1)]
+RESUMED += [pytest.param(step, marks=pytest.mark.more) for step in (1, 8, LAST_MASK - 1)]
 RESUMED += [pytest.param(step, marks=pytest.mark.long) for step in (6, LAST_MASK + 3)]
 
 
