@@ -158,6 +158,14 @@ TABLE: dict[str, dict[str, str]] = {
         "no direction of its inputs is among those that explain most": (
             "EVA's budget went to other layers: a larger `r`, or `EvaConfig(rho=1)` for one rank."
         ),
+        "there is one expert, whose update PEFT does not transpose": "PEFT's start is kept.",
+    },
+    "Parameters of experts that `suggest_ranks` leaves": {
+        "the inputs of a parameter are not seen, as those of a layer are": (
+            "By `weights`, `gradients` or `gora`; or give its rank in `rank_pattern`."
+        ),
+        "{shape} of {dtype}, expected matrices of floats": "Give its rank in `rank_pattern`.",
+        "{kind} has no gradient": "By `weights`, or from the dense model.",
     },
     "Layers that were registered": {
         "base is {kind}": (
@@ -296,6 +304,9 @@ WARNINGS: dict[str, str] = {
     "{count} modules of experts are laid out for kernels of transformers that have no gradients: "
     "what is below them learns wrongly": (
         "gpt-oss in MXFP4: `from_pretrained(name, config=MXFP4ExpertsConfig.of_checkpoint(name))`."
+    ),
+    "lora_ga: no gradient reaches {layers}{more}: left at the default initialization": (
+        "No batch uses these layers: more batches, or leave them out of `target_modules`."
     ),
     "{backend} serves: {why}": "No kernel runs on this device: `peftkern doctor` has the cure.",
     "{count} of the patched layers are never called, for fused kernels read their weights: "

@@ -1,6 +1,6 @@
 """Linear layer with a low-rank update: torch's GEMM for the weight, C++ for the update.
 
-Where torch has no products of the dtype, the weight's are those of `grouped_linear`, for one group.
+Where torch has no products of the dtype, dx is that of `grouped_linear`, for one group.
 """
 
 from __future__ import annotations
@@ -40,10 +40,7 @@ def lora_linear_forward(
     rows = rows_of(x, K)
     keep = mask_of(keep, rows.shape[0], K, dropout_p)
     S = lora_shrink(rows, float32(lora_A), keep, keep_scale(keep, dropout_p))
-    if multiplies(x.dtype):
-        y = F.linear(rows, weight, bias)
-    else:
-        y = grouped_linear.one_group(rows, weight, bias)
+    y = F.linear(rows, weight, bias)  # the base layer's bits: a policy equals its reference
     lora_expand_(y, S, float32(lora_B.t()), scaling)
     return y.view(*x.shape[:-1], N), S.view(*x.shape[:-1], S.shape[1])
 

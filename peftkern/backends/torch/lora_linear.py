@@ -37,7 +37,7 @@ def lora_linear_forward(
     N, K = weight.shape
     rows, acc = math.prod(x.shape[:-1]), accumulation_dtype(x)
     x2 = x.reshape(rows, K)
-    y = _frozen_forward(x2, weight, bias)
+    y = F.linear(x2, weight, bias)  # the base layer's bits: a policy equals its reference
     if lora_A is None or lora_B is None:
         return y.view(*x.shape[:-1], N), x.new_empty(0, dtype=acc)
     dtype, q = _product_dtype(x, lora_A, lora_B), keep_scale(keep, dropout_p)
@@ -125,22 +125,9 @@ def _product_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
     return x.dtype if shared else accumulation_dtype(x)
 
 
-def _frozen_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute x @ weight.T + bias, in float32 pieces where torch has no products of the dtype."""
-    if not _in_float32(x):
-        return F.linear(x, weight, bias)
-    y = x.new_empty((len(x), len(weight)))
-    for rows in chunks(*x.shape, x.device):
-        part = x[rows].float()
-        for at in chunks(*weight.shape, x.device):
-            some = None if bias is None else bias[at].float()
-            y[rows, at] = F.linear(part, weight[at].float(), some)
-    return y
-
-
 def _frozen_backward(dy: Tensor, weight: Tensor) -> Tensor:
-    """Compute dy @ weight likewise."""
-    if not _in_float32(dy):
+    """Compute dy @ weight, in float32 pieces on a CPU where torch has no products of the dtype."""
+    if not dy.is_cpu or multiplies(dy.dtype):
         return dy @ weight
     dx = dy.new_empty((len(dy), weight.shape[1]))
     for rows in chunks(*dy.shape, dy.device):
@@ -149,10 +136,6 @@ def _frozen_backward(dy: Tensor, weight: Tensor) -> Tensor:
             total.addmm_(dy[rows, at].float(), weight[at].float())
         dx[rows] = total
     return dx
-
-
-def _in_float32(x: Tensor) -> bool:
-    return x.is_cpu and not multiplies(x.dtype)
 
 
 def _product(left: Tensor, right: Tensor, alpha: float) -> Tensor:

@@ -42,9 +42,9 @@ def whole(tmp_path_factory) -> tuple[Path, dict[int, str]]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
-    """Checkpoints that PEFT and transformers write by themselves, of the first steps."""
+    """Checkpoints that PEFT and transformers write by themselves."""
     folder = tmp_path_factory.mktemp("plain")
-    run(folder, [PlainAllocation()], max_steps=8)
+    run(folder, [PlainAllocation()])
     return folder
 
 

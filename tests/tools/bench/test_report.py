@@ -264,7 +264,8 @@ def test_a_stopped_call_is_a_lower_bound_and_marked_as_one(tmp_path, capfd):
     lines = [line.split() for line in out.splitlines() if line.startswith("peft ")]
     assert lines == [[*["peft", ">", "4500", ">"], f"{least}x"] for least in ("45", "45", "0.5")]
     said = "lower bounds, of first calls that were stopped: peft, lora_linear/M16/r4/full: > 4.5 s"
-    assert said in " ".join(out.split()) and out.count("> 4.5 s a call") == 3
+    flat = " ".join(out.split())
+    assert said in flat and flat.count("> 4.5 s a call") == 3
     assert "1 faster" not in out and "2 faster, 1 slower" in out
     assert (tmp_path / "new.csv").read_text().count(",4500.0,") == 3
     page = Page(report.render(found))
