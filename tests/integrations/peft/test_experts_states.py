@@ -285,7 +285,8 @@ def test_all_linear_trains_the_router_and_doubles_a_rank():
     assert served() == 2 and fallbacks() == {"weight has 2 dimensions": 2}
     assert got.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=1e-5)
+        atol = 5e-6 * value.abs().max().item()  # gradients are as large as 80
+        torch.testing.assert_close(got[name], value, rtol=1e-4, atol=atol)
 
 
 def test_training_compiles_into_one_graph():
