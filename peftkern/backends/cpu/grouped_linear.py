@@ -184,12 +184,12 @@ def _float32_of_half(x: Tensor) -> Tensor:
     return x.contiguous().float() if x.dtype is torch.float16 else x.contiguous()
 
 
-def one_group(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute x @ weight.T + bias for all rows of x; the weight [N, K] may be a transposed view."""
+def one_group(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute x @ weight.T for all rows of x; the weight [N, K] may be a transposed view."""
     (M, _), N = x.shape, weight.shape[0]
     groups = groups_of(x, torch.tensor([M], dtype=torch.int32), None)
     y = torch.empty((M, N), dtype=x.dtype, device="cpu")
-    _linear(x, groups, N, weight[None], False, None, bias, None, None, 1.0, 1.0, y)
+    _linear(x, groups, N, weight[None], False, None, None, None, None, 1.0, 1.0, y)
     return y
 
 
