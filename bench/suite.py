@@ -28,7 +28,7 @@ from specs import CPU, Case, Named, Options, Spec, Steps, sized
 
 import peftkern
 from peftkern.backends import dispatch
-from peftkern.backends.device import triton_interpreted
+from peftkern.backends.device import has_products, triton_interpreted
 from peftkern.backends.tolerances import errors
 from peftkern.tools.bench import gpu_timer, machine, terminal
 from peftkern.tools.bench.gpu_timer import first_line, measure_events
@@ -69,7 +69,7 @@ def check(spec: Spec, case: Case, limit: float = math.inf) -> Built:
     """
     rows = {name: Row() for name in case.variants}
     built = Built(rows, case.dtype, None, spec.peer_wrong, case=case)
-    quick = limit == math.inf or machine.has_products(case.dtype, CPU)
+    quick = limit == math.inf or has_products(case.dtype, CPU)
     for name, variant in case.variants.items():
         torch.manual_seed(SEED)
         row = rows[name]

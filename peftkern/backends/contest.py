@@ -73,7 +73,8 @@ def outcomes(
     """Time each contender against the first.
 
     Each is called once before it is timed. The rounds end when the budget is spent, or when the
-    first ones are all clear; a round may take long where torch has no products of a dtype.
+    first ones are all clear. One is enough where it took longer than the budget and the times are
+    far apart: seconds, where torch has no matrix products of a dtype on this CPU.
     """
     first, *others = contenders
     for call in contenders.values():

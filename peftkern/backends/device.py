@@ -87,17 +87,17 @@ def _products_of_16_bits() -> dict[torch.dtype, bool]:
     }
 
 
-_MULTIPLIES = _products_of_16_bits()  # now: torch.compile traces a look into a dict, not the call
+_PRODUCTS = _products_of_16_bits()  # now: torch.compile traces a look into a dict, not the call
 
 
-def multiplies(dtype: torch.dtype) -> bool:
-    """Return whether torch has matrix products of a dtype on this CPU.
+def has_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether torch has matrix products of a dtype on a device; elsewhere than on a CPU yes.
 
     Without, which is bfloat16 before AVX-512 and float16 on most, x @ weight.T takes several times
     as long as in float32, and dy @ weight runs on one thread, a value at a time: 200 times as long
     (EPYC 7003, torch 2.13, November 2026).
     """
-    return _MULTIPLIES.get(dtype, True)
+    return device.type != "cpu" or _PRODUCTS.get(dtype, True)
 
 
 def _cpu_name() -> str:

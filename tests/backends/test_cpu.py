@@ -68,8 +68,8 @@ def test_isa_follows_the_machine():
 
 @pytest.mark.parametrize("dtype", [BF16, F16])
 def test_dense_weights_where_torch_has_no_16_bit_products(isa, dtype, monkeypatch):
-    """As on most CPUs without AVX-512: the weight's products are ours, whatever its strides."""
-    monkeypatch.setitem(device._MULTIPLIES, dtype, False)
+    """As on CPUs without AVX-512: dy @ weight is ours, whatever the strides of the weight."""
+    monkeypatch.setitem(device._PRODUCTS, dtype, False)
     for shape in SHAPES:
         check_accuracy([operands(shape, dtype, F32) for _ in range(trials(shape))], ours)
     for weight in layouts(torch.randn(24, 40).to(dtype)).values():

@@ -55,7 +55,7 @@ def run(module, o, keep, p) -> tuple[Tensor, ...]:
 def products(request, monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch multiplies 16 bits, or it does not."""
     for dtype in (BF16, F16):
-        monkeypatch.setitem(device._MULTIPLIES, dtype, request.param == "products")
+        monkeypatch.setitem(device._PRODUCTS, dtype, request.param == "products")
 
 
 @pytest.fixture

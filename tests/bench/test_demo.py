@@ -20,8 +20,8 @@ from processes import run_python
 from scripts import run_here
 
 from peftkern.backends import device
-from peftkern.tools.bench import machine, timer
 from peftkern.tools.bench import record as records
+from peftkern.tools.bench import timer
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.rows import new_record
 
@@ -200,7 +200,7 @@ def check_record(stem: str, record: dict) -> None:
         small = stem == "lora_linear" or (stem == "dora" and "nf4" not in case["name"])
         # Dense products this small are left to PEFT, but where torch has none of the dtype.
         if stem == "lora_linear" and case["mode"] == "full":
-            small = device.multiplies(getattr(torch, case["dtype"]))
+            small = device.has_products(getattr(torch, case["dtype"]), specs.CPU)
         assert bool(case["fell_back"]) == small, case["name"]
         assert bool(case["served"]) != small, case["name"]
         for name, row in case["providers"].items():
@@ -299,7 +299,7 @@ def test_benchmark_gives_no_time_to_a_wrong_result(damage: float) -> None:
 
 def test_a_peer_that_is_too_slow_for_its_slot_is_a_bound(monkeypatch) -> None:
     """Where torch has no products of a dtype; ours has its time, and a bound of its error."""
-    monkeypatch.setattr(machine, "has_products", lambda dtype, device: False)
+    monkeypatch.setattr(suite, "has_products", lambda dtype, device: False)
     monkeypatch.setattr(suite, "PATIENCE", limit := 0.5)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     one = torch.ones(2)

@@ -37,7 +37,7 @@ _AVX512 = 2  # serves float32 on those after it, too
 
 # Multiply-adds from which a patched dense layer in training takes less time than PEFT's where torch
 # has no products of the dtype: they take 6 ns each in dy @ weight (EPYC 7003, 2026-11).
-UNSERVED = 1 << 18
+WITHOUT_PRODUCTS = 1 << 18
 
 _found: dict[str, int] = {}
 

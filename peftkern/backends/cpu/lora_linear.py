@@ -19,7 +19,7 @@ from peftkern.backends.cpu.module import (
     refusal_dense,
     rows_of,
 )
-from peftkern.backends.device import multiplies
+from peftkern.backends.device import has_products
 from peftkern.backends.dropout import keep_scale, philox_keep
 from peftkern.backends.pointers import CPU, address, dtype_code, each, fresh, optional
 
@@ -63,7 +63,10 @@ def lora_linear_backward(
     compute(gradients)
     dx = dy.new_empty(0)
     if needs[0]:
-        dx = rows @ weight if multiplies(dy.dtype) else grouped_linear.one_group(rows, weight.t())
+        if has_products(dy.dtype, dy.device):
+            dx = rows @ weight
+        else:
+            dx = grouped_linear.one_group(rows, weight.t())
         lora_expand_(dx, gradients.dS, float32(lora_A), keep_scale(keep, dropout_p), keep)
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
     return dx, *requested(gradients, lora_A, lora_B, rows, needs)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftkern.backends.device import multiplies
+from peftkern.backends.device import has_products
 from peftkern.backends.dropout import keep_scale, philox_keep
 from peftkern.backends.reference.lora_linear import accumulation_dtype
 from peftkern.backends.torch.chunks import chunks
@@ -121,13 +121,13 @@ def _product_dtype(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> torch.dtype:
     """
     shared = x.dtype is lora_A.dtype is lora_B.dtype
     if shared and x.is_cpu:
-        shared = x.dtype is not torch.float16 and multiplies(x.dtype)
+        shared = x.dtype is not torch.float16 and has_products(x.dtype, x.device)
     return x.dtype if shared else accumulation_dtype(x)
 
 
 def _frozen_backward(dy: Tensor, weight: Tensor) -> Tensor:
     """Compute dy @ weight, in float32 pieces on a CPU where torch has no products of the dtype."""
-    if not dy.is_cpu or multiplies(dy.dtype):
+    if has_products(dy.dtype, dy.device):
         return dy @ weight
     dx = dy.new_empty((len(dy), weight.shape[1]))
     for rows in chunks(*dy.shape, dy.device):

@@ -136,7 +136,7 @@ class OwnLayer(Remade, PatchedForward):
         rows = 1
         if dense:
             weight = parts.base.weight if isinstance(parts.base, nn.Module) else parts.base
-            rows = rows_to_pay(self, weight.dtype, *reversed(sizes))
+            rows = rows_to_pay(self, weight, *reversed(sizes))
         return Outlook(device, None, rows, _layer_key(self, sizes, four_bit, adapter))
 
 

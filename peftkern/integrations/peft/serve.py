@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftkern.backends import dispatch, trust
 from peftkern.backends.cpu import crossovers
-from peftkern.backends.device import multiplies
+from peftkern.backends.device import has_products
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
@@ -155,7 +155,7 @@ class PatchedLayer(PatchedForward):
         rows = 1
         if dense:
             sizes = self.in_features, self.out_features, bool(self.lora_variant)
-            rows = rows_to_pay(self, base.weight.dtype, *sizes)
+            rows = rows_to_pay(self, base.weight, *sizes)
         return Outlook(device, reason, rows, key)
 
     def _device(self, base: nn.Module) -> torch.device:
@@ -330,13 +330,13 @@ def switched_off(layer: Any) -> str | None:
     return "adapters are merged" if layer.merged_adapters else None
 
 
-def rows_to_pay(layer: Any, dtype: torch.dtype, K: int, N: int, dora: bool = False) -> int:
+def rows_to_pay(layer: Any, weight: Tensor, K: int, N: int, dora: bool = False) -> int:
     """Return the rows from which a dense layer on a CPU is not small; 0 if there are none."""
     if dora:
         return 1 if crossovers.crossover("dora") <= N * K else 0
     rows = max(-(-crossovers.crossover("dense") // max(K + N, 1)), 1)
-    if layer.training and not multiplies(dtype):
-        rows = min(rows, max(-(-crossovers.UNSERVED // max(K * N, 1)), 1))
+    if layer.training and not has_products(weight.dtype, weight.device):
+        rows = min(rows, max(-(-crossovers.WITHOUT_PRODUCTS // max(K * N, 1)), 1))
     return rows
 
 
@@ -349,8 +349,8 @@ def is_small(layer: Any, x: Tensor, N: int, K: int, dora: bool = False) -> bool:
         small = crossovers.crossover("dora") > N * K
     else:
         small = x.numel() + x.numel() // max(K, 1) * N < crossovers.crossover("dense")
-        if small and layer.training and not multiplies(autocast_dtype(x) or x.dtype):
-            small = x.numel() * N < crossovers.UNSERVED
+        if small and layer.training and not has_products(autocast_dtype(x) or x.dtype, x.device):
+            small = x.numel() * N < crossovers.WITHOUT_PRODUCTS
     if not small:
         return False
     return torch.compiler.is_compiling() or dispatch.forced_backend() is None

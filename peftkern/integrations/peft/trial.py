@@ -24,14 +24,14 @@ from torch.utils._pytree import tree_map_only
 
 from peftkern.backends import contest, dispatch, programs, trust
 from peftkern.backends.cpu import crossovers
-from peftkern.backends.device import multiplies
+from peftkern.backends.device import has_products
 from peftkern.integrations.peft.engines import of_deepspeed
 from peftkern.integrations.peft.fallback import Fallback, hooked
 
 UNMEASURED = "the layer's own forward serves until this machine has measured such a layer"
 IN_FLIGHT = "the layer's own forward serves until the training step that it began is over"
 LEAST_ROWS = 128  # below, other kernels would be measured than those that run
-_LEAST_ROWS_UNSERVED = 32  # where torch has no products of the dtype: PEFT's take seconds
+_LEAST_ROWS_WITHOUT_PRODUCTS = 32  # where torch has no products of the dtype: PEFT's take seconds
 keep_divided = False  # verdicts of rounds that disagree, too: `peftkern tune` was asked for one
 ATTEMPTS = 3  # at a trial that found no memory
 _PASSES = 24  # forward passes that the shortest contest takes about the time of
@@ -102,14 +102,14 @@ class LayerClass:
 
     reason: None where ours serves, else why PEFT does. decided: whether that is a verdict. pending:
     layers of which PEFT has answered a forward that may be recomputed, which has to be PEFT's, too.
-    unserved: whether torch has no products of one of its dtypes here.
+    has_products: whether torch has those of all its dtypes here.
     """
 
     def __init__(self, full: tuple) -> None:
         *key, _, device = full
         self.name, self.device, (self.N, self.K) = name_of(full), device, key[2:4]
         dtypes = [part for part in key[5:] if isinstance(part, torch.dtype)]
-        self.unserved = device.type == "cpu" and not all(map(multiplies, dtypes))
+        self.has_products = all(has_products(dtype, device) for dtype in dtypes)
         self.calls = self.failures = 0
         self.pending: weakref.WeakKeyDictionary[nn.Module, _Pending] = weakref.WeakKeyDictionary()
         self.decided, self.reason = False, UNMEASURED
@@ -155,7 +155,7 @@ def refusal(
         return None
     if found is None:
         found = _class_of((*key, *end))
-    if alone and complete and layer.training and found.unserved and _is_new(found):
+    if alone and complete and layer.training and not found.has_products and _is_new(found):
         found.adopt()
         if not found.decided and trust.mode() != "off":
             _settle(layer, x, found)
@@ -423,11 +423,12 @@ def _decide(layer: Any, x: Tensor, beside: Beside, tried: LayerClass, seconds: f
     """Time both sides, and record whose the class is."""
     rows = x.numel() // x.shape[-1]
     fit = int(rows * contest.BUDGET / (_PASSES * max(seconds, 1e-9)))
-    if tried.unserved:
-        least = max(_LEAST_ROWS_UNSERVED, crossovers.UNSERVED // (tried.N * tried.K) + 1)
+    if tried.has_products:
+        least, to_pay = LEAST_ROWS, crossovers.crossover("dense") // (tried.N + tried.K) + 1
     else:
-        least = max(LEAST_ROWS, crossovers.crossover("dense") // (tried.N + tried.K) + 1)
-    measured = min(rows, max(fit, least))
+        least = _LEAST_ROWS_WITHOUT_PRODUCTS
+        to_pay = crossovers.WITHOUT_PRODUCTS // (tried.N * tried.K) + 1
+    measured = min(rows, max(fit, least, to_pay))
     some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
     clock = contest.clock_of(x.device)
     beside = tree_map_only(Tensor, lambda t: t[:measured], beside)

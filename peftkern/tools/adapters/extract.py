@@ -264,10 +264,9 @@ def _layout(base: Checkpoint, tuned: Checkpoint) -> tuple[list[_Place], list[Sta
         places.append(_Place(load.info, other, module, parameter, kind, tied))
     stacks = []
     for target, parts in experts.items():
-        module, _, parameter = target.rpartition(".")
-        turned = bool(getattr(modules[module], "is_transposed", False))
-        stack = find_stack(module, parameter, turned, tuple(parameters[target].shape), parts)
+        stack = find_stack(model, target, parts)
         if stack is None:
+            module, _, parameter = target.rpartition(".")
             infos = (load.info for load in parts)
             places += [_Place(one, tuned.tensors[one.name], module, parameter, "rearranged")
                        for one in infos]  # fmt: skip

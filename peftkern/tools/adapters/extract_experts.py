@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftkern.functional.low_rank_svd import LoraFactors
 from peftkern.methods.low_rank_algebra import Loss
@@ -54,18 +54,17 @@ class Stack(NamedTuple):
         yield from (matrix.T if self.turned else matrix for matrix in matrices)
 
 
-def find_stack(
-    module: str, parameter: str, turned: bool, shape: tuple[int, ...], loads: Sequence[Load]
-) -> Stack | None:
+def find_stack(model: nn.Module, target: str, loads: Sequence[Load]) -> Stack | None:
     """Return the stack that these tensors are loaded into; None if they are rearranged otherwise.
 
-    Args: turned: the parameter is [E, n, m] of updates [m, n]; shape of the parameter.
+    Args: target: name of the parameter [E, m, n], or [E, n, m] of updates [m, n].
     """
-    first = loads[0]
+    first, (module, _, parameter) = loads[0], target.rpartition(".")
+    turned = bool(getattr(model.get_submodule(module), "is_transposed", False))
     if first.converter is None:
         return Stack(module, parameter, turned, first.info.name)
     if transposes_experts(first.converter):
-        stored = first.info.shape != shape
+        stored = first.info.shape != tuple(model.get_parameter(target).shape)
         return Stack(module, parameter, turned != stored, first.info.name)
     if not stacks_experts(first.converter):
         return None

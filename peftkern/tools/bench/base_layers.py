@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from peftkern.backends.device import has_products
 from peftkern.formats.nf4 import NESTED_BLOCKSIZE, NF4_CODE, NF4Weight, dynamic_map
-from peftkern.tools.bench.machine import has_products
 
 BLOCKSIZE = 64
 Tensors = dict[str, Tensor]

@@ -14,7 +14,7 @@ import torch
 
 import peftkern
 from peftkern.backends.cpu.module import cpu_isa, cpu_isas
-from peftkern.backends.device import device_info, multiplies, triton_interpreted
+from peftkern.backends.device import device_info, has_products, triton_interpreted
 from peftkern.integrations.packages import installed_version
 from peftkern.tools.bench.gpu_timer import measure_events
 from peftkern.tools.bench.timer import measure
@@ -35,11 +35,6 @@ def device_named(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise DeviceError(f"device cuda: torch {torch.__version__} sees no GPU on this machine")
     return torch.device(name)
-
-
-def has_products(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether torch has matrix products of a dtype on the device."""
-    return device.type != "cpu" or multiplies(dtype)
 
 
 def cache_bytes() -> int:

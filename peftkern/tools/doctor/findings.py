@@ -16,7 +16,7 @@ import torch
 
 from peftkern.backends import dispatch, trust
 from peftkern.backends.cpu import module as cpu_back_end
-from peftkern.backends.device import multiplies, triton_interpreted, triton_missing
+from peftkern.backends.device import has_products, triton_interpreted, triton_missing
 from peftkern.integrations.packages import (
     BNB_LIBRARY,
     Answer,
@@ -231,7 +231,7 @@ def build_findings(cpu: dict[str, Any]) -> Iterator[Finding]:
 
 def product_findings() -> Iterator[Finding]:
     """Report a CPU on which torch has no products of the usual dtype of training."""
-    if not multiplies(torch.bfloat16):
+    if not has_products(torch.bfloat16, torch.device("cpu")):
         yield finding("no_products")
 
 

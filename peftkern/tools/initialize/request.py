@@ -231,7 +231,7 @@ def _experts(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, Target]
                 continue
             E, *shape = experts.get_parameter(parameter).shape
             turned = bool(getattr(experts, "is_transposed", False))
-            stack = find_stack(module, parameter, turned, (E, *shape), loaded)
+            stack = find_stack(model, f"{module}.{parameter}", loaded)
             m, n = reversed(shape) if turned else shape
             infos = {load.info.name: load.info for load in loaded}
             if stack is None or not _fits(stack, infos, (E, m, n)) or (turned and E == 1):

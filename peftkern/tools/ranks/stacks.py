@@ -15,15 +15,18 @@ from peftkern.tools.initialize.request import DTYPES, ends_in, parameter_names
 
 def stack_names(model: nn.Module, names: Sequence[str]) -> list[str]:
     """Return those of `names`, whole or ends, that parameters [E, m, n] have."""
-    stacks = [name for name, parameter in model.named_parameters() if parameter.dim() == 3]
-    return [name for name in names if any(ends_in(stack, name) for stack in stacks)]
+    return [name for name in names if _stacks(model, [name])]
 
 
 def stack_targets(model: nn.Module, names: Sequence[str]) -> list[str] | None:
     """Return target_parameters of the parameters [E, m, n] with these names; None without any."""
-    found = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
-    wanted = {name for name in found if any(ends_in(name, one) for one in names)}
-    return parameter_names(model, wanted) or None
+    return parameter_names(model, set(_stacks(model, names))) or None
+
+
+def _stacks(model: nn.Module, names: Sequence[str]) -> list[str]:
+    """Return the parameters [E, m, n] that have one of these names, whole or as an end."""
+    found = (name for name, parameter in model.named_parameters() if parameter.dim() == 3)
+    return [name for name in found if any(ends_in(name, one) for one in names)]
 
 
 def find_stacks(
@@ -36,18 +39,13 @@ def find_stacks(
     """
     if not names:
         return {}
-    parameters = {name: p for name, p in model.named_parameters() if p.dim() == 3}
-    wanted = [name for name in parameters if any(ends_in(name, one) for one in names)]
-    loads: dict[str, list[Load]] = {name: [] for name in wanted}
+    loads: dict[str, list[Load]] = {name: [] for name in _stacks(model, names)}
     for load in find_loads(model, checkpoint):
         if load.target in loads:
             loads[load.target].append(load)
     stacks = {}
     for name, parts in loads.items():
-        module, _, own = name.rpartition(".")
-        turned = bool(getattr(model.get_submodule(module), "is_transposed", False))
-        shape = tuple(parameters[name].shape)
-        stack = find_stack(module, own, turned, shape, parts) if parts else None
+        stack = find_stack(model, name, parts) if parts else None
         dtypes = {load.info.dtype for load in parts}
         if stack is None or not dtypes <= {*DTYPES}:
             came = f"of {', '.join(sorted(dtypes))}" if dtypes else "that it does not hold"

@@ -152,7 +152,7 @@ def test_the_first_call_is_tried_before_it_is_answered(
     products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where torch has no 16-bit products, a single backward pass of PEFT's takes minutes."""
-    monkeypatch.setitem(device._MULTIPLIES, torch.bfloat16, products)
+    monkeypatch.setitem(device._PRODUCTS, torch.bfloat16, products)
     monkeypatch.setattr(contest, "SLOWER", float("inf"))
     net = lora_net(make_linear4bit(), lora_dropout=0.5).train()
     peftkern.patch(net)
