@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from accelerate.state import AcceleratorState, GradientState
 from adalora_models import quantize_4bit_
 from peft_models import add_lora, fallbacks, served_by_us, text_batch, tiny_llama
 from torch import Tensor, nn
@@ -43,6 +44,9 @@ def in_ranks(work: Callable[..., Any], count: int, folder: Path, *arguments: Any
 def _rank(rank: int, count: int, folder: Path, work: Callable[..., Any], arguments: tuple) -> None:
     torch.set_num_threads(1)  # OpenMP's threads have not come along
     torch.manual_seed(0)
+    # A Trainer that ran in the parent has left accelerate's state there: one process, no group.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     # What accelerate and the Trainer read; they find the group made.
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     os.environ.update({name: str(value) for name, value in numbers.items()})
