@@ -45,18 +45,20 @@ struct Float32Axpy : Float32Dots<kShort> {
   static Vector add(const Vector& a, const Vector& b) { return f32_add(a, b); }
 #endif
   // 64 weights of kPart rows of K, from `element` on, a multiple of 64; so many rows exist.
-  struct Weights : Dots::Weights {
+  struct Weights {
+    typename Dots::Weights scaled;
     Vector zero;  // kShort
     Vector at(int v) const {
-      if (!kShort) return this->code(v);
-      return Dots::product(subtract(this->code(v), zero), this->scale);
+      if (!kShort) return scaled.code(v);
+      return Dots::product(subtract(scaled.code(v), zero), scaled.scale);
     }
   };
   static Weights weights(const Codes& codes, const NF4View& w, const Absmax& absmax,
                          int64_t element, int64_t, int64_t) {
-    const auto plain = Dots::weights(codes, w.packed + element / 2, absmax.of(element), false);
-    if (!kShort || !w.zero) return {plain, Vector{}};
-    return {plain, codes.spread(w.zero + (element >> absmax.log2))};
+    Weights out;
+    out.scaled = Dots::weights(codes, w.packed + element / 2, absmax.of(element), false);
+    out.zero = kShort && w.zero ? codes.spread(w.zero + (element >> absmax.log2)) : Vector{};
+    return out;
   }
   // n elements of dy from i on, for weight rows one after the other.
   static void load_row(const void* dy, DType dtype, int64_t i, int64_t n, float* out,
