@@ -31,6 +31,7 @@ struct BFloat16Tiles {
   static constexpr int kParts = 3;
   static constexpr int kRankSteps = 2;
   static constexpr int64_t kBlocks = 2;
+  static constexpr int64_t kFewRows = 0;  // tiles throughout
 
   static void lanes(const void* in, DType, const int64_t* starts, int64_t rows, int64_t columns,
                     uint32_t* pair) {

@@ -5,8 +5,9 @@
 // rows a slot, and s is computed while they are at hand. Then each task takes a strip of outputs of
 // one chunk: it turns a block of the weight into lanes tiles in cache, multiplies, and goes on
 // along the reduction; the ranks of s b are a few more steps of that product, so that the update
-// costs no pass of its own and y is rounded once. Nobody writes what another task writes and every
-// sum has one fixed order: results do not depend on the number of threads.
+// costs no pass of its own and y is rounded once. Where a chunk has few rows, rows of the weight
+// are multiplied as they stream by, without tiles of their own. Nobody writes what another task
+// writes and every sum has one fixed order: results do not depend on the number of threads.
 #pragma once
 
 #include "grouped_tiles.h"
@@ -53,6 +54,8 @@ struct Linear {
       return s + slot / 2 * rank_steps * kPair + slot % 2 * kTile;
     }
   };
+
+  static constexpr int64_t kDotBlock = 1024;  // of the reduction: sums of it start at zero
 
   static constexpr int64_t kWidest = 256;
   static constexpr int64_t kLanes = kWidest / kPairSide * 8 * kPair;  // dwords of the largest block
@@ -193,6 +196,111 @@ struct Linear {
     }
   }
 
+  // Adds to sum + 16 m the dot products of a row of the weight, from an element on, with kM rows of
+  // x that lie as [step][kM][16]. One row at a time: memory is fast where it is read in order.
+  template <DType kType, int kM>
+  void dot(int64_t element, int64_t count, const float* x, float* sum) const {
+    F32x16 acc[kM];
+    for (F32x16& lanes : acc) lanes = f32_zero();
+    const auto step = [&](int64_t k, int n) {
+      const F32x16 weight = load_any(args.weight, kType, element + k, n);
+      for (int m = 0; m < kM; ++m) acc[m] = f32_fma(weight, f32_load(x + 16 * m), acc[m]);
+      x += kM * 16;
+    };
+    const int64_t whole = count / 16 * 16;
+    for (int64_t k = 0; k < whole; k += 16) step(k, 16);
+    if (whole < count) step(whole, static_cast<int>(count - whole));
+    for (int m = 0; m < kM; ++m) sum[16 * m] += f32_sum(acc[m]);
+  }
+
+  // Adds to a strip's sums its products with kM rows of a slot, whose tiles are `tiles`.
+  template <DType kType, int kM>
+  void dot_strip(int64_t group, int64_t n0, int64_t columns, const uint32_t* tiles, float* x,
+                 float* sums) const {
+    for (int64_t k0 = 0; k0 < args.K; k0 += kDotBlock, tiles += kDotBlock / kStep * kPair) {
+      const int64_t count = min64(kDotBlock, args.K - k0);
+      for (int64_t t = 0; t < ceil_div(count, kStep); ++t) {
+        for (int64_t m = 0; m < kM; ++m) {
+          std::memcpy(x + (t * kM + m) * 16, tiles + t * kPair + 16 * m, 64);
+        }
+      }
+      for (int64_t j = 0; j < columns; ++j) {
+        float* product = sums + j / kPairSide * kProduct;
+        dot<kType, kM>(weight_at(group, n0 + j, k0), count, x,
+                       quadrant(product, 0, j % kPairSide) + j % kSide);
+      }
+    }
+  }
+
+  // The same where rows of the weight run along the outputs: each is added, times an element of x.
+  template <DType kType, int kM>
+  void axpy_strip(int64_t group, int64_t n0, int64_t columns, const uint32_t* tiles,
+                  float* sums) const {
+    constexpr int64_t kRows = 8;  // whose sum starts at zero
+    const int64_t size = size_of(args.dtype);
+    for (int64_t k0 = 0; k0 < args.K; k0 += kRows) {
+      const int64_t rows = min64(kRows, args.K - k0), first = weight_at(group, k0, n0);
+      const float* x = reinterpret_cast<const float*>(tiles + k0 / kStep * kPair + k0 % kStep);
+      for (int64_t i = 0; i < rows; ++i) {
+        prefetch(first + (kRows + i) * args.weight_row, columns * size);
+      }
+      for (int64_t j = 0; j < columns; j += kSide) {
+        const int n = static_cast<int>(min64(kSide, columns - j));
+        F32x16 acc[kM];
+        for (F32x16& lanes : acc) lanes = f32_zero();
+        for (int64_t i = 0; i < rows; ++i) {
+          const F32x16 weight = load_any(args.weight, kType, first + i * args.weight_row + j, n);
+          for (int m = 0; m < kM; ++m) acc[m] = f32_fma(weight, f32_set1(x[16 * m + i]), acc[m]);
+        }
+        float* sum = quadrant(sums + j / kPairSide * kProduct, 0, j % kPairSide);
+        for (int m = 0; m < kM; ++m, sum += 16) f32_store(sum, f32_add(f32_load(sum), acc[m]));
+      }
+    }
+  }
+
+  template <DType kType, int kM>
+  void few_strip(int64_t group, int64_t n0, int64_t columns, const uint32_t* tiles, float* x,
+                 float* sums) const {
+    args.transposed ? axpy_strip<kType, kM>(group, n0, columns, tiles, sums)
+                    : dot_strip<kType, kM>(group, n0, columns, tiles, x, sums);
+  }
+
+  template <DType kType>
+  void few_rows(const Packed& p, const GroupedChunk& chunk, int64_t n0, int64_t columns, float* x,
+                float* sums) const {
+    for (int64_t m = 0; m < chunk.count; m += 4) {
+      const uint32_t* tiles = p.x_at(chunk.slot) + 16 * m;
+      float* to = sums + 16 * m;
+      switch (min64(4, chunk.count - m)) {
+        case 1:
+          few_strip<kType, 1>(chunk.group, n0, columns, tiles, x, to);
+          break;
+        case 2:
+          few_strip<kType, 2>(chunk.group, n0, columns, tiles, x, to);
+          break;
+        case 3:
+          few_strip<kType, 3>(chunk.group, n0, columns, tiles, x, to);
+          break;
+        default:
+          few_strip<kType, 4>(chunk.group, n0, columns, tiles, x, to);
+      }
+    }
+  }
+
+  // Adds a strip's products for few rows, by rows of the weight as they stream by: made into tiles,
+  // each would be written and read again for little else.
+  void multiply_few(const Packed& p, const GroupedChunk& chunk, int64_t n0, int64_t columns,
+                    float* x, float* sums) const {
+    switch (args.dtype) {
+      case DType::kFloat32:
+        return few_rows<DType::kFloat32>(p, chunk, n0, columns, x, sums);
+      case DType::kBFloat16:
+        return few_rows<DType::kBFloat16>(p, chunk, n0, columns, x, sums);
+      default:
+        return few_rows<DType::kFloat16>(p, chunk, n0, columns, x, sums);
+    }
+  }
+
   // From a block of a strip to the strip's next, or to the first of the one this thread may have
   // next.
   int64_t ahead_of(int64_t k0, const Strip& shape) const {
@@ -245,21 +353,34 @@ struct Linear {
     }
   }
 
+  // Sums of a strip over the weight.
+  void multiply_weight(const Packed& p, const GroupedChunk& chunk, int64_t n0, int64_t columns,
+                       const Strip& shape, uint32_t* lanes, float* sums) const {
+    if constexpr (Tiles::kFewRows > 0) {
+      if (chunk.count <= Tiles::kFewRows) {
+        const int64_t values = sums_of(chunk, ceil_div(columns, kPairSide));
+        std::memset(sums, 0, static_cast<size_t>(values) * 4);
+        multiply_few(p, chunk, n0, columns, reinterpret_cast<float*>(lanes), sums);
+        return;
+      }
+    }
+    const int64_t stride = shape.block / kStep * kPair;
+    for (int64_t k0 = 0; k0 < args.K; k0 += shape.block) {
+      const int64_t count = min64(shape.block, args.K - k0);
+      load_weight(chunk.group, n0, columns, k0, count, ahead_of(k0, shape), lanes, stride);
+      multiply_strip(chunk, p.x_at(chunk.slot) + k0 / kStep * kPair, p.steps * kPair, lanes, stride,
+                     columns, ceil_div(count, kStep), k0 == 0, sums);
+    }
+  }
+
   void strip(const Packed& p, const GroupedChunk& chunk, int64_t n0, float* scratch) const {
     const Strip shape = strip_of(chunk.count);
     const int64_t columns = min64(shape.columns, args.N - n0);
     const int64_t pairs = ceil_div(columns, kPairSide);
-    const int64_t stride = shape.block / kStep * kPair;
     uint32_t* lanes = reinterpret_cast<uint32_t*>(scratch);
     float* sums = scratch + kLanes;
-    bool first = true;
-    for (int64_t k0 = 0; args.weight && k0 < args.K; k0 += shape.block) {
-      const int64_t count = min64(shape.block, args.K - k0);
-      load_weight(chunk.group, n0, columns, k0, count, ahead_of(k0, shape), lanes, stride);
-      multiply_strip(chunk, p.x_at(chunk.slot) + k0 / kStep * kPair, p.steps * kPair, lanes, stride,
-                     columns, ceil_div(count, kStep), first, sums);
-      first = false;
-    }
+    bool first = !args.weight || args.K == 0;
+    if (!first) multiply_weight(p, chunk, n0, columns, shape, lanes, sums);
     for (int64_t rank = 0; rank < args.r; rank += 16) {
       load_ranks(chunk, n0, columns, rank, lanes, kRanks);
       multiply_strip(chunk, p.s_at(chunk.slot) + rank / 16 * kRanks, p.rank_steps * kPair, lanes,

@@ -48,6 +48,9 @@ struct Float32Tiles {
   static constexpr int kParts = 1;       // tiles that make up a float32 operand
   static constexpr int kRankSteps = 1;   // steps of sixteen ranks in s b
   static constexpr int64_t kBlocks = 1;  // of sixteen columns in a step
+  // Rows of a group up to which products with rows of its weight take less time than tiles; of one
+  // slot at most.
+  static constexpr int64_t kFewRows = kSide;
 
   // A step of `rows` rows, each from its own element on, and up to 32 columns, as lanes tiles.
   static void lanes(const void* in, DType dtype, const int64_t* starts, int64_t rows,

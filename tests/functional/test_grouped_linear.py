@@ -44,6 +44,8 @@ def test_values_and_gradients(every_backend, shape, dtypes, transposed, through_
         {"shared": True, "nf4": True, "transposed": True},
         {"K": 41, "N": 27},
         {"K": 41, "N": 27, "transposed": True, "bias": False},
+        {"K": 2100, "N": 27, "sizes": (1, 3, 6)},
+        {"K": 41, "N": 300, "sizes": (1, 3, 6), "transposed": True},
         {"sizes": (0, 0, 0)},
         {"sizes": (1,) * 40, "nf4": True},
         {"sizes": (300,), "nf4": True},
