@@ -194,9 +194,9 @@ def section(results: Path) -> str:
         return NO_RESULTS
     legend = (
         "Medians [p20-p80] of one interleaved run. Peers: their time, how many times peftkern's"
-        " that is, and the target for that ratio (✓ met, ✗ missed). Floor: counted bytes and FLOPs"
-        " at the measured copy bandwidth and dense matrix product. Method, and what bounds the"
-        " misses: `bench/README.md`."
+        " that is, and the target for that ratio (✓ met, ✗ missed, ? unknown from a lower bound)."
+        " Floor: counted bytes and FLOPs at the measured copy bandwidth and dense matrix product."
+        " Method, and what bounds the misses: `bench/README.md`."
     )
     if above:
         legend += (

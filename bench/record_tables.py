@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftkern.tools.bench.record import OURS
-from peftkern.tools.bench.rows import ratio, ratio_at_least
+from peftkern.tools.bench.rows import ratio, ratio_at_least, target_mark
 from peftkern.tools.bench.timer import number
 
 TITLES = {  # in the order of the tables
@@ -61,7 +61,7 @@ def peer_cell(case: dict, peer: str) -> str:
         text += f" / {replayed:.2f}x"
     for target in case["targets"]:
         if target["peer"] == peer:
-            text += f" ({target['at_least']:.3g}x {'✓' if target['met'] else '✗'})"
+            text += f" ({target['at_least']:.3g}x {target_mark(target)})"
     return text
 
 
@@ -71,7 +71,7 @@ def gpu_cells(case: dict) -> list[str]:
     launches = str(ours["launches"] or "")
     for target in case["targets"]:
         if most := target["launches_at_most"]:
-            launches += f" ({most} {'✓' if target['met'] else '✗'})"
+            launches += f" ({most} {target_mark(target)})"
     graph, peak = ours["graph_ms"], ours["peak_bytes"]
     return [number(graph) if graph else "", launches, f"{peak / 1e6:.0f}" if peak else ""]
 

@@ -241,8 +241,10 @@ def reached(spec: Spec, record: dict) -> Iterator[dict]:
     """Yield the targets with what was measured."""
     for target in spec.targets:
         found = ratio(record, target.peer)
-        known = found or ratio_at_least(record, target.peer)
-        met = known is not None and known >= target.at_least
+        bound = ratio_at_least(record, target.peer)
+        met = (found or bound or 0.0) >= target.at_least
+        if found is None and bound and not met:
+            met = None  # a bound below the target tells nothing
         yield {
             **{"peer": target.peer, "at_least": target.at_least, "launches_at_most": None},
             **{"measured": found, "met": met},

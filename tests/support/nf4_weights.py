@@ -22,7 +22,7 @@ BITS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: 
 
 
 def assert_same_numbers(got: Tensor, expected: Tensor) -> None:
-    """But for the signs of zeros: without AVX-512 bitsandbytes decodes FP4's code 8 as -0, not 0."""
+    """But for signs of zeros: without AVX-512 bitsandbytes decodes FP4's code 8 as -0, not 0."""
     assert got.dtype == expected.dtype and torch.equal(got, expected)
 
 

@@ -60,7 +60,7 @@ class Target(TypedDict):
     at_least: float | None  # the peer's time over ours
     launches_at_most: int | None
     measured: float | None
-    met: bool
+    met: bool | None  # None: a lower bound of the ratio, below at_least
 
 
 class LaterCase(TypedDict, total=False):

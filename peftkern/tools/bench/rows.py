@@ -182,6 +182,11 @@ def ratio_at_least(case: Case, peer: str) -> float | None:
     return bound / median if bound and median else None
 
 
+def target_mark(target: Target) -> str:
+    """Return the mark of a target: met, missed, or not known from a lower bound."""
+    return {True: "✓", False: "✗", None: "?"}[target["met"]]
+
+
 def within_noise(ours: Provider, theirs: Provider) -> bool:
     """Return whether the intervals from the 20th to the 80th percentile overlap: then a difference
     is none."""

@@ -13,7 +13,7 @@ from peftkern.tools.bench.cases import SHORT
 from peftkern.tools.bench.compare import Change
 from peftkern.tools.bench.names import other_format
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
-from peftkern.tools.bench.rows import ratio, ratio_at_least, within_noise
+from peftkern.tools.bench.rows import ratio, ratio_at_least, target_mark, within_noise
 from peftkern.tools.bench.timer import number
 
 # Widths from which a table has intervals, and throughput and errors; of names, if there is no more.
@@ -156,8 +156,8 @@ def _share_cell(case: Case, name: str) -> Text:
 def _target_cell(case: Case, name: str) -> Text:
     for target in case.get("targets", []):
         if target["peer"] == name:
-            style = "green" if target["met"] else "red"
-            return Text(f"{target['at_least']:.3g}x {'✓' if target['met'] else '✗'}", style=style)
+            style = {True: "green", False: "red", None: ""}[target["met"]]
+            return Text(f"{target['at_least']:.3g}x {target_mark(target)}", style=style)
     return Text("")
 
 
