@@ -35,9 +35,9 @@ COUNTED = {"dense": 1 << 19, "dora": 1 << 17}
 FEW_ROWS = {"few_rows": (24, 24, 24, 28, 3), "few_rows_backward": (12, 8, 16, 6, 4)}
 _AVX512 = 2  # serves float32 on those after it, too
 
-# Multiply-adds from which a patched dense layer in training takes less time than PEFT's where torch
-# has no products of the dtype: they take 6 ns each in dy @ weight (EPYC 7003, 2026-11).
-WITHOUT_PRODUCTS = 1 << 18
+# Multiply-adds from which a patched layer in training takes less time than PEFT's where torch has
+# no products of the dtype: they take 6 ns each in dy @ weight (EPYC 7003, 2026-11).
+WITHOUT_PRODUCTS = {"dense": 1 << 18, "dora": 1 << 20}
 
 _found: dict[str, int] = {}
 

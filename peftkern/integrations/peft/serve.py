@@ -333,10 +333,13 @@ def switched_off(layer: Any) -> str | None:
 def rows_to_pay(layer: Any, weight: Tensor, K: int, N: int, dora: bool = False) -> int:
     """Return the rows from which a dense layer on a CPU is not small; 0 if there are none."""
     if dora:
-        return 1 if crossovers.crossover("dora") <= N * K else 0
-    rows = max(-(-crossovers.crossover("dense") // max(K + N, 1)), 1)
+        rows = 1 if crossovers.crossover("dora") <= N * K else 0
+    else:
+        rows = max(-(-crossovers.crossover("dense") // max(K + N, 1)), 1)
     if layer.training and not has_products(weight.dtype, weight.device):
-        rows = min(rows, max(-(-crossovers.WITHOUT_PRODUCTS // max(K * N, 1)), 1))
+        products = crossovers.WITHOUT_PRODUCTS["dora" if dora else "dense"]
+        paid = max(-(-products // max(K * N, 1)), 1)
+        rows = min(rows or paid, paid)
     return rows
 
 
@@ -349,8 +352,8 @@ def is_small(layer: Any, x: Tensor, N: int, K: int, dora: bool = False) -> bool:
         small = crossovers.crossover("dora") > N * K
     else:
         small = x.numel() + x.numel() // max(K, 1) * N < crossovers.crossover("dense")
-        if small and layer.training and not has_products(autocast_dtype(x) or x.dtype, x.device):
-            small = x.numel() * N < crossovers.WITHOUT_PRODUCTS
+    if small and layer.training and not has_products(autocast_dtype(x) or x.dtype, x.device):
+        small = x.numel() * N < crossovers.WITHOUT_PRODUCTS["dora" if dora else "dense"]
     if not small:
         return False
     return torch.compiler.is_compiling() or dispatch.forced_backend() is None

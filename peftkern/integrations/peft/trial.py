@@ -427,7 +427,7 @@ def _decide(layer: Any, x: Tensor, beside: Beside, tried: LayerClass, seconds: f
         least, to_pay = LEAST_ROWS, crossovers.crossover("dense") // (tried.N + tried.K) + 1
     else:
         least = _LEAST_ROWS_WITHOUT_PRODUCTS
-        to_pay = crossovers.WITHOUT_PRODUCTS // (tried.N * tried.K) + 1
+        to_pay = crossovers.WITHOUT_PRODUCTS["dense"] // (tried.N * tried.K) + 1
     measured = min(rows, max(fit, least, to_pay))
     some = x.detach() if measured == rows else x.detach().reshape(rows, -1)[:measured]
     clock = contest.clock_of(x.device)

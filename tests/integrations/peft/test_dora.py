@@ -24,6 +24,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
+from peftkern.backends import device
 from peftkern.backends.cpu import crossovers
 from peftkern.layers import NF4Linear
 
@@ -72,6 +73,19 @@ def test_small_layers_are_left_to_peft(monkeypatch):
         peftkern.reset_stats()
         model(sample(F32))
         assert fallbacks() == reasons and norms_computed() == (not reasons)
+
+
+@pytest.mark.parametrize("paid", [True, False])
+def test_small_layers_train_where_torch_has_no_products(paid, monkeypatch):
+    model, x = dora_net(make_linear()).train(), sample(F32)
+    multiply_adds = x.numel() * layer_of(model).out_features
+    monkeypatch.setattr(crossovers, "crossover", lambda _: 1 << 62)
+    monkeypatch.setitem(device._PRODUCTS, F32, False)
+    monkeypatch.setitem(crossovers.WITHOUT_PRODUCTS, "dora", multiply_adds + (not paid))
+    assert not peftkern.patch(model).small
+    peftkern.reset_stats()
+    model(x)
+    assert fallbacks() == ({} if paid else {SMALL: 1}) and norms_computed() == paid
 
 
 @pytest.mark.parametrize("make", MAKERS)
