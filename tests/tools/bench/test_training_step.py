@@ -300,6 +300,15 @@ def test_side_that_fails_is_a_row_that_says_so(measured):
     assert row["wrong"] == "losses differ from PEFT's by 0.1; bound 1e-05" and not row["median_ms"]
 
 
+def test_peft_that_is_too_slow_leaves_time_for_ours(measured):
+    case = measured(peft={"losses": WorkerSlowError("no answer")})
+    theirs = case["providers"]["peft"]
+    assert theirs["failed"] is theirs["median_ms"] is None and theirs["at_least_ms"] > 0
+    assert case["providers"][OURS]["median_ms"] == 125.0 and case["against"] == "peft"
+    assert "losses were not compared: PEFT has none" in case["said"]
+    assert [do for name, do in order if name == OURS].count("losses") == 1
+
+
 def test_budget_that_ends_is_a_row_that_says_so(measured, monkeypatch):
     clock = itertools.count()
     monkeypatch.setattr(training_run.time, "monotonic", lambda: 8.0 * next(clock))
