@@ -232,6 +232,9 @@ def counted_rows(batch: Any, label_mask_value: int | None = None) -> Rows:
 
     def rows(x: Tensor) -> Tensor:
         x, mask = x.detach(), masks.get(x.shape[:-1])
+        if mask is None and x.dim() == 2:  # tokens of all texts in one, as mixtures take them
+            flat = (one.flatten() for one in masks.values() if one.numel() == len(x))
+            mask = next(flat, None)
         return x.reshape(-1, x.shape[-1]) if mask is None else x[mask.to(x.device)]
 
     return rows
