@@ -10,6 +10,7 @@ place of `Experts` everywhere here.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -353,9 +354,9 @@ class Part(NamedTuple):
     offsets: Tensor
     y: Tensor
 
-    def of_expert(self, expert: int) -> slice:
-        """Return which rows are an expert's."""
-        return slice(int(self.offsets[expert - 1]) if expert else 0, int(self.offsets[expert]))
+    def of_experts(self) -> list[slice]:
+        """Return which rows are each expert's; a GPU is waited for once."""
+        return [slice(*ends) for ends in itertools.pairwise([0, *self.offsets.tolist()])]
 
     def inputs(self, chosen: slice) -> Tensor:
         """Return the inputs [r, K] of some rows."""

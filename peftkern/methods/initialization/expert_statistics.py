@@ -42,8 +42,7 @@ def expert_input_statistics(
         counts = torch.zeros(tokens, dtype=torch.bool, device=part.tokens.device)
         counts[chosen(torch.arange(tokens, device=counts.device)[:, None])[:, 0]] = True
         with named(name):
-            for expert, statistic in enumerate(statistics[name]):
-                mine = part.of_expert(expert)
+            for statistic, mine in zip(statistics[name], part.of_experts(), strict=True):
                 statistic.add(part.inputs(mine)[counts[part.tokens[mine]]])
         return part.y
 
@@ -65,8 +64,7 @@ def expert_gradients(
     sums = {name: _zeros(module, _own(name)) for name, module in stacks.items()}
 
     def add(name: str, part: Part, dy: Tensor) -> None:
-        for expert, total in enumerate(sums[name]):
-            mine = part.of_expert(expert)
+        for total, mine in zip(sums[name], part.of_experts(), strict=True):
             total.addmm_(dy[mine].T.float(), part.inputs(mine).float())
 
     def look(name: str, part: Part, tokens: int) -> Tensor:
