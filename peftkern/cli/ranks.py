@@ -77,7 +77,9 @@ def ranks(
     ] = None,
     texts: Annotated[int, typer.Option(help="Number of texts, or batches, to take.")] = 64,
     length: Length = 1024,
-    memory: Annotated[str, typer.Option(help="For gradients: 4GB or 500MiB.")] = "4GB",
+    memory: Annotated[
+        str, typer.Option(help="For gradients, and inputs of experts: 4GB or 500MiB.")
+    ] = "4GB",
     seed: Seed = 0,
     device: Device = "cpu",
     html: Annotated[Path | None, typer.Option(help="Write a page, one file for a browser.")] = None,

@@ -10,9 +10,11 @@ place of `Experts` everywhere here.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -326,24 +328,62 @@ def _with_dropout(
     updates: _Updates,
     p: float,
 ) -> Tensor:
-    """Run the same in parts, the updates on inputs of their own."""
+    """Run the same with the updates on inputs of their own."""
+
+    def update(part: Part) -> Tensor:
+        if part.name not in updates:
+            return part.y
+        A, B, scaling = updates[part.name]
+        how = {"scaling": scaling, "rows": part.rows}
+        return part.y + grouped_lora_linear(F.dropout(part.x, p), None, part.offsets, A, B, **how)
+
+    return experts_in_parts(experts, hidden, top_k_index, top_k_weights, update)
+
+
+class Part(NamedTuple):
+    """Products y [R, N] of one weight, by name; those of expert e end at offsets[e], int32 [E].
+
+    Row i is that of x[rows[i]], or of x[i] if rows is None, and of the token tokens[i], int32 [R].
+    From offsets[-1] on they are of no expert here.
+    """
+
+    name: str
+    x: Tensor
+    rows: Tensor | None
+    tokens: Tensor
+    offsets: Tensor
+    y: Tensor
+
+    def of_experts(self) -> list[slice]:
+        """Return which rows are each expert's; a GPU is waited for once."""
+        return [slice(*ends) for ends in itertools.pairwise([0, *self.offsets.tolist()])]
+
+    def inputs(self, chosen: slice) -> Tensor:
+        """Return the inputs [r, K] of some rows."""
+        return self.x[chosen if self.rows is None else self.rows[chosen]]
+
+
+def experts_in_parts(
+    experts: nn.Module,
+    hidden: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    change: Callable[[Part], Tensor],
+) -> Tensor:
+    """Run fused experts without updates, and go on with what `change` makes of each product."""
     gate, linears = _read(experts)
     num_experts = linears["down_proj"].weight.shape[0]
-    rows, offsets, inverse = route(top_k_index, num_experts)
+    tokens, offsets, inverse = route(top_k_index, num_experts)
     transposed = is_transposed(experts, *linears)
 
     def linear(name: str, x: Tensor, rows: Tensor | None) -> Tensor:
         frozen = linears[name]
         options = {"bias": frozen.bias, "transposed": transposed, "rows": rows}
         y = grouped_lora_linear(x, frozen.weight, offsets, **options)
-        if name not in updates:
-            return y
-        A, B, scaling = updates[name]
-        dropped = F.dropout(x, p)
-        return y + grouped_lora_linear(dropped, None, offsets, A, B, scaling=scaling, rows=rows)
+        return change(Part(name, x, rows, tokens, offsets, y))
 
     up, down = linears
-    y = linear(down, gate(linear(up, hidden, rows)), None)
+    y = linear(down, gate(linear(up, hidden, tokens)), None)
     of_tokens = y.index_select(0, inverse.view(-1)).view(*inverse.shape, y.shape[1])
     return (of_tokens * top_k_weights[..., None]).sum(1).to(hidden.dtype)
 

@@ -25,6 +25,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern.functional.arguments import mismatch
@@ -230,15 +231,17 @@ def matrix_spectra(
     """
     found = _each_spectrum(matrices, count, options)
     for _, parts in itertools.groupby(found, attrgetter("name")):
-        yield _stacked(list(parts))
+        yield stacked(list(parts))
 
 
-def _stacked(parts: Sequence[LayerSpectrum]) -> LayerSpectrum:
+def stacked(parts: Sequence[LayerSpectrum]) -> LayerSpectrum:
     """Return the spectrum of matrices of the same shape that have one rank."""
     if len(parts) == 1:
         return parts[0]
     name, shape = parts[0].name, parts[0].shape
-    S = torch.linalg.vector_norm(torch.stack([one.S.double() for one in parts]), dim=0)
+    most = max(len(one.S) for one in parts)  # of few inputs there are fewer
+    S = torch.stack([F.pad(one.S.double().cpu(), (0, most - len(one.S))) for one in parts])
+    S = torch.linalg.vector_norm(S, dim=0)
     norm = math.hypot(*(one.norm for one in parts))
     bounds = (
         max((value for one in parts if (value := getattr(one, bound)) is not None), default=None)

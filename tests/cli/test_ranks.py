@@ -154,7 +154,8 @@ def test_experts_of_a_checkpoint(tmp_path, capsys, family):
         assert started == wanted
 
 
-def test_experts_of_texts_and_of_a_program(tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("by", ["activations", "gradients"])
+def test_experts_of_texts_and_of_a_program(tmp_path, capsys, monkeypatch, by):
     monkeypatch.setattr(sys, "path", [*sys.path])
     folder, texts = tmp_path / "src", tmp_path / "texts.txt"
     save_moe(folder, "qwen3_moe", torch.float32, vocab_size=128)
@@ -170,7 +171,7 @@ def test_experts_of_texts_and_of_a_program(tmp_path, capsys, monkeypatch):
         "    found = tokenizer('the quick brown fox', return_tensors='pt')\n"
         "    return [{**found, 'labels': found['input_ids']}]\n"
     )
-    options = ("--by", "gradients", "--rank", 2, "--target", "down_proj")
+    options = ("--by", by, "--rank", 2, "--target", "down_proj")
     by_texts = printed(capsys, folder, *options, "--data", texts)
     assert printed(capsys, program, *options)["layers"] == by_texts["layers"]
     assert {layer["experts"] for layer in by_texts["layers"]} == {4}

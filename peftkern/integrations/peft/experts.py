@@ -41,7 +41,7 @@ from peftkern.integrations.peft.fallback import (
 from peftkern.integrations.peft.fingerprint import fingerprint
 from peftkern.integrations.peft.serve import switched_off
 from peftkern.layers.expert_stack import WHOLE_EXPERTS, ExpertStack, expert_weight, is_transposed
-from peftkern.layers.experts import ends_in_norm, gate_of
+from peftkern.layers.experts import Experts, ends_in_norm, gate_of, weight_names
 
 try:
     from transformers.integrations.moe import use_experts_implementation
@@ -240,8 +240,7 @@ def _unusual_experts(
             return f"{name} has {own[name].dim()} dimensions"
         if len(own[name]) == 1:  # for which PEFT has another layout
             return "there is one expert"
-    asks = getattr(type(experts).forward, "__code__", None) is _CODE
-    if not (asks and hasattr(experts, "has_gate")):  # a flag since 5.3
+    if not (_asks(experts) and hasattr(experts, "has_gate")):  # a flag since 5.3
         return f"base_layer is {type(experts).__name__}"
     if ends_in_norm(experts):
         return "the experts end in a norm"
@@ -255,6 +254,24 @@ def _unusual_experts(
     if reason is not None or not torch.is_grad_enabled():
         return reason
     return "base weight is trained" if any(p.requires_grad for p in experts.parameters()) else None
+
+
+def _asks(experts: nn.Module) -> bool:
+    """Return whether experts ask for an implementation of what their flags say."""
+    return getattr(type(experts).forward, "__code__", None) is _CODE
+
+
+def shows_experts(module: nn.Module) -> bool:
+    """Return whether a module has fused experts that `experts_in_parts` can run."""
+    known = _asks(module) or type(module).forward is Experts.forward
+    if not known or "parametrizations" in module._modules:
+        return False
+    try:
+        names = weight_names(module)
+        is_transposed(module, *names)
+    except (TypeError, ValueError):
+        return False
+    return all(module._parameters[name].dim() == 3 for name in names)
 
 
 def _implementation(experts: nn.Module) -> str:

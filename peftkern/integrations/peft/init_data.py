@@ -18,6 +18,10 @@ from peftkern.functional.arguments import mismatch
 from peftkern.integrations.peft.init_layers import Layer, kept_dtypes
 from peftkern.integrations.peft.serve import BNB_TYPES
 from peftkern.layers.quantize import with_progress
+from peftkern.methods.initialization.expert_statistics import (
+    expert_gradients,
+    expert_input_statistics,
+)
 from peftkern.methods.initialization.factors import Factors
 from peftkern.methods.initialization.from_data import (
     Covariance,
@@ -148,6 +152,8 @@ class DataRuns:
 
         Layers with the same inputs share theirs; those that lead such a group come first.
         """
+        if not layers:
+            return {}
         modules = {layer.name: layer.base for layer in layers}
         with _base_alone(self.model, training=False):
             leaders = equal_inputs(modules, self._forward, self.batches[0])
@@ -164,6 +170,40 @@ class DataRuns:
             )
         order = (*most, *(name for name in modules if name not in most))
         return {name: found[leaders[name]] for name in order}
+
+    def expert_gradients(
+        self, stacks: Mapping[str, nn.Module], sizes: Mapping[str, int]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield each weight of these modules of experts, by name, with its gradient [E, m, n].
+
+        Args: sizes, bytes of each gradient, `statistics_bytes` of which are made by one run.
+        """
+        with _base_alone(self.model, training=False):
+            for group in groups(sizes, self.statistics_bytes):
+                chosen = {name: stacks[name] for name in group}
+                found = expert_gradients(chosen, self._loss, self.batches)
+                for name in with_progress(group, "gradients: directions"):
+                    yield name, found.pop(name)
+
+    def expert_components(
+        self, stacks: Mapping[str, nn.Module], counts: Mapping[str, int], sizes: Mapping[str, int]
+    ) -> Iterator[tuple[str, list[PrincipalComponents]]]:
+        """Yield each weight of these modules of experts, by name, with the principal components of
+        the inputs of each expert, `counts` of them.
+
+        Args: sizes, bytes of a weight's, `statistics_bytes` of which are made by one run.
+        """
+        with _base_alone(self.model, training=False):
+            for group in groups(sizes, self.statistics_bytes):
+                found = expert_input_statistics(
+                    {name: stacks[name] for name in group},
+                    self._forward,
+                    self.batches,
+                    lambda name: PrincipalComponents(counts[name], self.options["seed"]),
+                    counted_rows,
+                )
+                for name in group:
+                    yield name, found.pop(name)
 
     def _forward(self, batch: Any) -> Any:
         device = next(p.device for p in self.model.parameters() if not p.is_meta)
@@ -232,6 +272,9 @@ def counted_rows(batch: Any, label_mask_value: int | None = None) -> Rows:
 
     def rows(x: Tensor) -> Tensor:
         x, mask = x.detach(), masks.get(x.shape[:-1])
+        if mask is None and x.dim() == 2:  # tokens of all texts in one, as mixtures take them
+            flat = (one.flatten() for one in masks.values() if one.numel() == len(x))
+            mask = next(flat, None)
         return x.reshape(-1, x.shape[-1]) if mask is None else x[mask.to(x.device)]
 
     return rows

@@ -10,17 +10,39 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftkern.functional.arguments import WEIGHT_DTYPES
+from peftkern.integrations.peft.experts import shows_experts
 from peftkern.integrations.peft.init_data import NO_GRADIENT, DataRuns
-from peftkern.methods.rank_choice import LayerSpectrum, gora_importance, matrix_spectra
+from peftkern.layers.experts import weight_names
+from peftkern.methods.rank_choice import (
+    LayerSpectrum,
+    gora_importance,
+    input_spectrum,
+    matrix_spectra,
+    stacked,
+)
 
 
 @dataclass(frozen=True)
 class Stack:
-    """A parameter [E, m, n], or [m, n], by its name in the model; turned: [E, n, m]."""
+    """A parameter [E, m, n], or [m, n], by its name in the model; turned: [E, n, m].
+
+    module: of fused experts, if what flows through them can be seen.
+    """
 
     name: str
     parameter: Tensor
     turned: bool
+    module: nn.Module | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is in 4 bits, and no gradient of it is autograd's."""
+        return type(self.parameter) is not nn.Parameter
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        m, n = self.parameter.shape[-2:]
+        return (n, m) if self.turned else (m, n)
 
     def matrices(self, values: Tensor) -> Iterator[Tensor]:
         """Yield the matrix [m, n] of each expert, of the parameter or of what has its shape."""
@@ -43,27 +65,33 @@ def find_stacks(
             name = f"{path}.{own}"
             ends = {one for one in targets if name == one or name.endswith(f".{one}")}
             used |= ends
-            reason = _refusal(parameter, by) if ends else None
+            if not ends:
+                continue
+            seen = shows_experts(module) and own in weight_names(module)
+            reason = _refusal(parameter, by, seen)
             if reason:
                 skipped[name] = reason
-            elif ends:
+            else:
                 turned = parameter.dim() == 3 and bool(getattr(module, "is_transposed", False))
-                found.append(Stack(name, parameter, turned))
+                found.append(Stack(name, parameter, turned, module if seen else None))
     unknown = sorted(set(targets) - used)
     if unknown:
         raise ValueError(f"target_parameters: no parameter is called {unknown[0]!r}")
     return found, skipped
 
 
-def _refusal(parameter: Tensor, by: str) -> str | None:
-    """Return why no rank can be chosen for a parameter, or None."""
-    if by == "activations":
+def _refusal(parameter: Tensor, by: str, seen: bool) -> str | None:
+    """Return why no rank can be chosen for a parameter, or None.
+
+    Args: seen, whether what flows through it can be.
+    """
+    if by == "activations" and not seen:
         return "the inputs of a parameter are not seen, as those of a layer are"
     if parameter.is_meta:
         return "it has no values yet, it is on the meta device"
     if parameter.dim() not in (2, 3) or parameter.dtype not in WEIGHT_DTYPES:
         return f"{list(parameter.shape)} of {parameter.dtype}, expected matrices of floats"
-    if by != "weights" and type(parameter) is not nn.Parameter:
+    if by != "weights" and type(parameter) is not nn.Parameter and not seen:
         return f"{type(parameter).__name__} has no gradient"
     return None
 
@@ -76,8 +104,10 @@ def stack_spectra(
         weights = ((one.name, W) for one in stacks for W in one.matrices(one.parameter))
         yield from matrix_spectra(weights, count, **runs.options)
         return
-    gradients = runs.parameter_gradients({stack.name: stack.parameter for stack in stacks})
-    for stack, gradient in finite(zip(stacks, gradients, strict=True)):
+    if by == "activations":
+        yield from _input_spectra(stacks, runs, count)
+        return
+    for stack, gradient in finite(_gradients(stacks, runs)):
         matrices = list(stack.matrices(gradient))
         if by == "gora":
             pairs = zip(stack.matrices(stack.parameter), matrices, strict=True)
@@ -88,6 +118,37 @@ def stack_spectra(
             named = ((stack.name, G) for G in matrices)
             (found,) = matrix_spectra(named, count, **runs.options)
         yield replace(found, unreached=_unreached(matrices))
+
+
+def _input_spectra(stacks: Sequence[Stack], runs: DataRuns, count: int) -> Iterator[LayerSpectrum]:
+    """Yield what principal components of the rows routed to each expert explain, added up."""
+    named = {stack.name: stack for stack in stacks}
+    counts = {name: min(count, stack.shape[1]) for name, stack in named.items()}
+    sizes = {
+        name: 4 * len(stack.parameter) * stack.shape[1] * counts[name]
+        for name, stack in named.items()
+    }
+    modules = {name: stack.module for name, stack in named.items()}
+    for name, experts in runs.expert_components(modules, counts, sizes):
+        parts = [input_spectrum(name, named[name].shape, one) for one in experts]
+        without = [str(expert) for expert, one in enumerate(parts) if one.unreached]
+        if without and len(without) < len(parts):
+            why = f"no batch runs through its experts {', '.join(without)}"
+        else:
+            why = parts[0].unreached
+        yield replace(stacked(parts), unreached=why)
+
+
+def _gradients(stacks: Sequence[Stack], runs: DataRuns) -> Iterator[tuple[Stack, Tensor]]:
+    """Yield the stacks with their gradients, those in 4 bits by what flows through them."""
+    dense = [stack for stack in stacks if not stack.packed]
+    found = runs.parameter_gradients({stack.name: stack.parameter for stack in dense})
+    yield from zip(dense, found, strict=True)
+    packed = {stack.name: stack for stack in stacks if stack.packed}
+    sizes = {name: 4 * stack.parameter.numel() for name, stack in packed.items()}
+    modules = {name: stack.module for name, stack in packed.items()}
+    for name, gradient in runs.expert_gradients(modules, sizes):
+        yield packed[name], gradient.mT if packed[name].turned else gradient
 
 
 def _unreached(gradients: Sequence[Tensor]) -> str:

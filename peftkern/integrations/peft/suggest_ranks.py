@@ -72,8 +72,9 @@ def suggest_ranks(
     that it explains, as in EVA), "gradients" (singular values of the weight's gradient) or "gora"
     (mean |weight * gradient|), stands in `peftkern.methods.rank_choice`; `allocate_rank` then gives
     the budget to the ranks that are worth most for what they cost. All experts of a parameter that
-    target_parameters names have one rank (PEFT can say no more), worth the sum over them. Layers
-    that the batches do not reach get `min_rank`; the report names them: `report.unreached`.
+    target_parameters names have one rank (PEFT can say no more), worth the sum over them; their
+    inputs are the rows that are routed to each. Layers that the batches do not reach get
+    `min_rank`; the report names them: `report.unreached`.
 
     The config works with `initialize_` as it is: "pissa", "olora" and "lora_ga" start layers of
     any rank; for "eva" add eva_config=EvaConfig(rho=1), which keeps the ranks.
@@ -94,8 +95,8 @@ def suggest_ranks(
             a mapping, as positions if it is a tuple or a list, else as the only argument.
         loss: of (model, batch) for gradients, by default the loss that the model returns.
         tol, certify, seed: of `truncated_svd`; certify bounds the error of the spectra.
-        statistics_bytes: memory for gradients; the batches are run once for each group of layers
-            that fits into it.
+        statistics_bytes: memory for gradients, and for the inputs of experts; the batches are run
+            once for each group of layers that fits into it.
     Returns: the report; `print` shows it in one line.
     Raises: TypeError or ValueError naming the argument, or the layer.
     """

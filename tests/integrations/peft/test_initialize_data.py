@@ -77,6 +77,7 @@ def test_rows_of_an_encoder_and_of_its_decoder_count_by_their_own_masks(labels, 
     rows = counted_rows(batch, -100)
     for length, expected in ((3, of_three), (2, of_two), (4, [0, 1, 2, 3])):
         assert rows(torch.arange(length)[None, :, None]).flatten().tolist() == expected
+        assert rows(torch.arange(length)[:, None]).flatten().tolist() == expected  # of all texts
 
 
 class Branches(nn.Module):
