@@ -37,6 +37,7 @@ inline void doubles_stream_floats(float* p, Doubles a, Doubles b) {  // p: 64-by
   _mm512_stream_ps(
       p, _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(a.v)), _mm512_cvtpd_ps(b.v), 1));
 }
+inline void f32_stream(float* p, F32x16 a) { _mm512_stream_ps(p, a.v); }
 inline void stream_fence() { _mm_sfence(); }
 inline Doubles doubles_load_floats(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
 inline void f32_store_doubles(double* p, F32x16 a) {
@@ -76,6 +77,10 @@ inline void doubles_store_floats(float* p, Doubles a) { _mm_storeu_ps(p, _mm256_
 inline void doubles_stream_floats(float* p, Doubles a, Doubles b) {  // p: 32-byte aligned
   _mm256_stream_ps(p, _mm256_set_m128(_mm256_cvtpd_ps(b.v), _mm256_cvtpd_ps(a.v)));
 }
+inline void f32_stream(float* p, F32x16 x) {
+  _mm256_stream_ps(p, x.a);
+  _mm256_stream_ps(p + 8, x.b);
+}
 inline void stream_fence() { _mm_sfence(); }
 inline Doubles doubles_load_floats(const float* p) { return {_mm256_cvtps_pd(_mm_loadu_ps(p))}; }
 inline void f32_store_doubles(double* p, F32x16 x) {
@@ -112,6 +117,7 @@ inline void doubles_store_floats(float* p, Doubles a) {
 inline void doubles_stream_floats(float* p, Doubles a, Doubles b) {
   doubles_store_floats(p, a), doubles_store_floats(p + kDoubles, b);
 }
+inline void f32_stream(float* p, const F32x16& a) { f32_store(p, a); }
 inline void stream_fence() {}
 inline Doubles doubles_load_floats(const float* p) { return {{p[0], p[1]}}; }
 inline void f32_store_doubles(double* p, const F32x16& a) {
