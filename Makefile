@@ -62,7 +62,10 @@ test-more:
 # Two processes share the cores, so idle OpenMP threads must sleep instead of spinning. Tests start
 # hundreds of processes, each of which would compile the package again were bytecode not kept.
 pytest test-long: export PYTHONDONTWRITEBYTECODE =
+# The emulated CUDA kernels, which a part may not need, are compiled on all cores before the tests,
+# for the one that asks for them first would keep those that build anything else waiting.
 pytest: build
+	$(if $(TESTS),,$(BIN)/python setup.py --quiet cuda_emulated)
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal \
 		$(SELECT) $(TESTS)
 

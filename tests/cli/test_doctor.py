@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
@@ -12,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import run
 from paths import ROOT
 from peft_models import K, lora_net, make_linear4bit, patched_copy
 from processes import SITE, run_python_over, without
@@ -80,9 +81,21 @@ def wrong(answer: dict) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def here() -> subprocess.CompletedProcess:
-    """A doctor of this machine."""
-    return run("doctor")
+def diagnosis() -> doctor.Diagnosis:
+    """Of this machine; a doctor in a process of its own is among the tests of other ones."""
+    return diagnose()
+
+
+@pytest.fixture(scope="module")
+def here(diagnosis) -> subprocess.CompletedProcess:
+    """What a doctor of this machine says."""
+    said, error = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "diagnose", lambda: diagnosis)
+        patch.setenv("COLUMNS", "80")
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(error):
+            status = main(["doctor"])
+    return subprocess.CompletedProcess("doctor", status, said.getvalue(), error.getvalue())
 
 
 def test_this_machine_is_healthy(here):
@@ -99,9 +112,9 @@ def test_this_machine_is_healthy(here):
     assert "4-bit bases on cpu: nf4, fp4, mxfp4, nvfp4, int4 by cpu" in said
 
 
-def test_details_are_told_when_asked(capfd, monkeypatch):
+def test_details_are_told_when_asked(diagnosis, capfd, monkeypatch):
     """After the same screen, as wide; also where there is no finding, not even a note."""
-    monkeypatch.setattr(doctor, "diagnose", lambda: replace(diagnose(), findings=[]))
+    monkeypatch.setattr(doctor, "diagnose", lambda: replace(diagnosis, findings=[]))
     assert main(["doctor", "--verbose"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0] == f"peftkern {peftkern.__version__}: healthy"

@@ -1,4 +1,4 @@
-"""`peftkern quantize` as a user meets it: real processes, what they print, what they leave."""
+"""`peftkern quantize` as a user meets it: what it prints, what it leaves."""
 
 from __future__ import annotations
 
@@ -13,37 +13,27 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_folders import contents, load_tensors, save_llama, save_moe
-from command_line import refused
+from command_line import refused, run_main
 from paths import ROOT
+from processes import killed
 from tolerances import HANG_SECONDS
 from transformers import AutoModelForCausalLM
 from waiting import wait_until
 
 from peftkern.cli import main
 from peftkern.tools.checkpoints.staging import WORK
+from peftkern.tools.quantize import quantized_checkpoint
 from peftkern.tools.quantize.quantized_checkpoint import MANIFEST
 
 
-def command(*arguments: object, python: tuple[str, ...] = ("-m", "peftkern")) -> dict:
-    return {
-        "args": [sys.executable, *python, "quantize", *map(str, arguments)],
-        "cwd": ROOT,
-        "text": True,
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        # In the background of a shell, where tests may run, Ctrl-C would be ignored.
-        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    }
-
-
-def test_a_checkpoint_is_quantized_and_described(tmp_path):
+def test_a_checkpoint_is_quantized_and_described(tmp_path, capfd):
     source = save_llama(tmp_path / "src", torch.float32, sharded=True)
     (source / "tokenizer.json").write_text("{}")
     (source / "pytorch_model.bin").write_text("the same weights")
     (source / "onnx").mkdir()
     (source / "onnx" / "model.onnx").write_text("once more")
     options = ["--shard-size", "30KB", "--no-double-quant", "--skip", "v_proj"]
-    done = subprocess.run(**command(source, tmp_path / "dst", *options), timeout=HANG_SECONDS)
+    done = run_main(capfd, "quantize", str(source), str(tmp_path / "dst"), *options)
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
     assert lines[0] == "12 tensors quantized, 9 kept"
@@ -214,23 +204,47 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def stopped(how: signal.Signals, arguments: list, files: int) -> tuple[str, dict]:
-    """What it says when that signal comes after so many files, and its manifest then."""
-    out = Path(arguments[1])
-    with subprocess.Popen(**command(*arguments, python=("-c", HALTING))) as process:
-        manifest = out / WORK / MANIFEST
+def written(out: Path) -> dict:
+    """The manifest of what is there so far."""
+    manifest = out / WORK / MANIFEST
+    return json.loads(manifest.read_text()) if manifest.exists() else {}
 
-        def is_there() -> bool:
-            assert process.poll() is None
-            return manifest.exists() and len(json.loads(manifest.read_text())) >= files
 
+def stopped(arguments: list[str]) -> str:
+    """What it says when Ctrl-C comes after two files, in a process of its own."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HALTING, *arguments],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # In the background of a shell, where tests may run, Ctrl-C would be ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+    def is_there() -> bool:
+        assert process.poll() is None
+        return len(written(Path(arguments[2]))) >= 2
+
+    with process:
         wait_until(is_there)
-        process.send_signal(how)
+        process.send_signal(signal.SIGINT)
         stdout, stderr = process.communicate(timeout=HANG_SECONDS)
-    assert stdout == ""
-    assert process.returncode == (130 if how is signal.SIGINT else -how)
-    assert [path.name for path in out.iterdir()] == [WORK]
-    return stderr, json.loads(manifest.read_text())
+    assert (stdout, process.returncode) == ("", 130)
+    return stderr
+
+
+def dies_at_its_third_file(arguments: list[str]) -> None:
+    save_file, begun = quantized_checkpoint.save_file, []
+
+    def dying(*given, **options):
+        begun.append(given)
+        if len(begun) > 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_file(*given, **options)
+
+    quantized_checkpoint.save_file = dying
+    main(arguments)
 
 
 def test_stopped_by_a_signal_it_goes_on(tmp_path, capsys):
@@ -238,13 +252,18 @@ def test_stopped_by_a_signal_it_goes_on(tmp_path, capsys):
     source, options = save_llama(tmp_path / "src", torch.float32), ["--shard-size", "10KB"]
     assert main(["quantize", str(source), str(tmp_path / "whole"), *options]) == 0
     out = tmp_path / "dst"
-    said, first = stopped(signal.SIGINT, [source, out, *options], 2)
+    arguments = ["quantize", str(source), str(out), *options]
+    said = stopped(arguments)
+    first = written(out)
+    assert [path.name for path in out.iterdir()] == [WORK]
     # Behind it stands what the frame says of Ctrl-C, which depends on typer's version.
     assert said.startswith("peftkern: stopped; the same command goes on from here\n")
     assert "Traceback" not in said
-    _, second = stopped(signal.SIGKILL, [source, out, *options], 4)
+    assert killed(lambda: dies_at_its_third_file(arguments))
+    second = written(out)
+    assert [path.name for path in out.iterdir()] == [WORK]
     assert (len(first), len(second)) == (2, 4) and first.items() < second.items()
     capsys.readouterr()
-    assert main(["quantize", str(source), str(out), *options]) == 0
+    assert main(arguments) == 0
     assert "by an earlier run)" in capsys.readouterr().out.splitlines()[0]
     assert contents(out) == contents(tmp_path / "whole")

@@ -261,6 +261,7 @@ def installed(wheel, tmp_path_factory) -> Path:
     site = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
     (site / "packages.pth").write_text(sysconfig.get_path("purelib"))
     options = ("--no-deps", "--no-index", "--disable-pip-version-check", "--quiet")
+    options += ("--no-compile",)
     run_checked(
         *(sys.executable, "-m", "pip", "--python", folder / "bin" / "python"),
         *("install", *options, wheel),
@@ -480,23 +481,19 @@ def last_lines(answer: subprocess.CompletedProcess[str]) -> str:
     return " ".join("\n".join(answer.stderr.splitlines()[-14:]).split())
 
 
-@pytest.mark.parametrize(
-    ("wanted", "status", "says", "modules"),
-    [
-        ("", 0, "peftkern: built _cpu; PEFTKERN_CUDA=1 builds CUDA's kernels, too", {"_cpu"}),
-        ("auto", 0, "peftkern: no CUDA kernels: found no nvcc", {"_cpu"}),
+def test_cuda_without_its_compiler(cuda_project):
+    """In one folder, where CMake asks the compiler once."""
+    for wanted, status, says, modules in (
         ("1", 1, "PEFTKERN_CUDA=1: found no nvcc on PATH, in CUDA_HOME or in", set()),
         ("yes", 1, "PEFTKERN_CUDA: expected 0, 1 or auto, got 'yes'", set()),
-    ],
-)
-def test_without_nvcc(cuda_project, wanted, status, says, modules):
-    answer = build(cuda_project, PEFTKERN_CUDA=wanted, **no_nvcc())
-    assert answer.returncode == status, answer.stdout + answer.stderr
-    assert says in (last_lines(answer) if status else answer.stdout)
-    assert built(cuda_project) == modules
-
-
-def test_cuda_that_is_not_wanted_leaves_nothing_behind(cuda_project):
+        ("", 0, "peftkern: built _cpu; PEFTKERN_CUDA=1 builds CUDA's kernels, too", {"_cpu"}),
+        ("auto", 0, "peftkern: no CUDA kernels: found no nvcc", {"_cpu"}),
+    ):
+        answer = build(cuda_project, PEFTKERN_CUDA=wanted, **no_nvcc())
+        assert answer.returncode == status, answer.stdout + answer.stderr
+        assert says in (last_lines(answer) if status else answer.stdout)
+        assert built(cuda_project) == modules
+    # what is not wanted leaves nothing behind
     name = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     (cuda_project / "peftkern" / name).write_text("of an earlier build")
     answer = build(cuda_project, PEFTKERN_CUDA="0")

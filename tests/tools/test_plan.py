@@ -111,27 +111,32 @@ def test_step_agrees_with_the_allocator(folders, method, dtype, checkpointing, p
 CPU = Training("lora", r=4, batch=2, sequence=160, patched=False, checkpointing=False, device="cpu")
 
 
+def more(training: Training):
+    """What other cases have under checkpointing, over NF4 or patched."""
+    return pytest.param(training, marks=pytest.mark.more)
+
+
 @pytest.mark.parametrize(
     "training",
     [
         replace(CPU, dropout=0.1),
         replace(CPU, dropout=0.1, patched=True),
         replace(CPU, attention="eager", checkpointing=True),
-        replace(CPU, attention="eager", patched=True),
+        more(replace(CPU, attention="eager", patched=True)),
         replace(CPU, adapter_dtype="bf16", targets=("q_proj", "v_proj"), patched=True),
         Training("qlora", r=32, batch=3, targets=("o_proj", "up_proj", "down_proj"), device="cpu"),
-        replace(CPU, method="full"),
+        more(replace(CPU, method="full")),
         replace(CPU, method="full", checkpointing=True),
-        replace(CPU, method="dora"),
+        more(replace(CPU, method="dora")),
         replace(CPU, method="dora", patched=True),
         replace(CPU, method="dora", base="nf4", checkpointing=True, dropout=0.1),
-        replace(CPU, method="adalora"),
+        more(replace(CPU, method="adalora")),
         replace(CPU, method="adalora", base="nf4", checkpointing=True),
         replace(CPU, method="adalora", patched=True),
         replace(CPU, method="lora", optimizer="sgd", base="nf4", dtype="fp32", double_quant=False),
         replace(CPU, autocast=True, base="nf4", patched=True),
-        replace(CPU, autocast=True, dtype="fp32", base="fp32"),
-        replace(CPU, prepare_kbit=True, base="nf4", checkpointing=True),
+        more(replace(CPU, autocast=True, dtype="fp32", base="fp32")),
+        more(replace(CPU, prepare_kbit=True, base="nf4", checkpointing=True)),
         replace(CPU, prepare_kbit=True, autocast=True, base="nf4", patched=True),
     ],
     ids=lambda t: "-".join([t.method, t.base, t.attention, "peft" if not t.patched else "patched"]),

@@ -33,8 +33,13 @@ TRAINING = Training(
 
 
 @pytest.fixture(scope="module")
-def plans():
-    return Planner(CONFIG, TRAINING).compacted()
+def planner():
+    return Planner(CONFIG, TRAINING)
+
+
+@pytest.fixture(scope="module")
+def plans(planner):
+    return planner.compacted()
 
 
 def test_bytes_are_those_of_a_compacted_model(plans):
@@ -67,7 +72,7 @@ def test_bytes_are_those_of_a_compacted_model(plans):
     check(plans[1])
 
 
-def test_work_is_the_products_of_a_step(plans):
+def test_work_is_the_products_of_a_step(planner, plans):
     """4 products of tokens with each weight but the embedding, 6 with each adapter."""
     before, after = (plan.work for plan in plans)
     linear = 4 * (4 * 64 * 64 + 3 * 64 * 96)
@@ -78,7 +83,7 @@ def test_work_is_the_products_of_a_step(plans):
     assert base == pytest.approx(4 * TOKENS * (linear + 64 * 64), rel=0.2)  # and attention
     # AdamW reads a parameter, its gradient and two states, and writes three of them, at least.
     assert before.nbytes - after.nbytes > 28 * (R - TARGET) * elements
-    assert Planner(CONFIG, TRAINING).plan().work.nbytes > before.nbytes  # with the importance
+    assert planner.plan().work.nbytes > before.nbytes  # with the importance
 
 
 def test_several_devices_send_less_of_what_is_compacted():

@@ -370,16 +370,19 @@ class Planner:
     def largest(self, name: str, budget: int) -> int:
         """Find the largest `name` whose peak is within `budget` bytes, or 0.
 
-        The next one is guessed from the line through the last that fits and the first that does
-        not; both neighbors of the answer have been run.
+        The search begins at the training's own. The next one is guessed from the line through the
+        last that fits and the first that does not; both neighbors of the answer have been run.
         """
 
         def peak(value: int) -> int:
             return self.plan(**{name: value}).peak
 
-        if peak(1) > budget:
-            return 0
-        low, high = 1, 2
+        low = getattr(self.training, name)
+        high = min(2 * low, _LARGEST)
+        if peak(low) > budget:
+            low, high = 1, low
+            if peak(low) > budget:
+                return 0
         while high < _LARGEST and peak(high) <= budget:
             slope = max((peak(high) - peak(low)) / (high - low), 1.0)
             guess = high + int((budget - peak(high)) / slope) + 1

@@ -52,6 +52,8 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: Any = None
     ) -> Any:
+        if func is torch.ops.prim.device.default:  # no op: most calls ask where a fake tensor is
+            return func(*args)
         kwargs = kwargs or {}
         if func is _aten._local_scalar_dense.default:
             # There are no data: all are as they should be, none is below or amiss, a count is 1.

@@ -257,6 +257,7 @@ def measured(tmp_path, monkeypatch):
         order.clear()
         monkeypatch.setattr(Side, "answers", answers)
         monkeypatch.setattr(training_run, "Process", Side)
+        monkeypatch.setattr(training_run, "planned_bytes", lambda step, patched: None)
         job = tiny_job(tmp_path)
         with training_run.TrainingBench(job, threads=1, budget=60) as bench:
             record = bench.run()
