@@ -14,6 +14,7 @@ from peftkern.functional import quantize_mxfp4
 from peftkern.layers.expert_stack import ExpertStack, float_dtype
 
 __all__ = ["MXFP4Stack"]
+METHOD = "mxfp4"  # quant_method of a checkpoint of such experts, transformers' own
 BLOCKSIZE = MXFP4.blocksizes[0]
 SUFFIXES = ("_blocks", "_scales")  # of the entries of a checkpoint
 

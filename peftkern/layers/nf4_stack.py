@@ -12,6 +12,7 @@ from peftkern.layers.expert_stack import ExpertStack, expert_weight, float_dtype
 from peftkern.layers.nf4 import quantized
 
 __all__ = ["NF4Stack"]
+METHOD = "peftkern_nf4_experts"  # quant_method of a checkpoint of such experts
 
 
 class NF4Stack(ExpertStack):

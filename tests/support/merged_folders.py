@@ -23,6 +23,24 @@ SIZES = {
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
     "attn_implementation": "eager",
 }
+_EXPERTS = {"num_experts_per_tok": 2, "head_dim": 16, "num_hidden_layers": 1}
+_DEEPSEEK = {
+    **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
+    **{"moe_intermediate_size": 32},
+}
+_LATENT = {
+    **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 16},
+    **{"q_lora_rank": 16, "num_key_value_heads": 4},
+}
+MIXTURES = {
+    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 32},
+    "Mixtral": {"num_local_experts": 4},
+    "Olmoe": {"num_experts": 4},
+    "DeepseekV3": {**_DEEPSEEK, **_LATENT},
+    "Glm4Moe": _DEEPSEEK,
+    "GptOss": {"num_local_experts": 4},
+}
+STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def make_model(
@@ -64,6 +82,19 @@ def save_adapter(
         adapted.save_pretrained(folder, save_embedding_layers=tables)
     adapted.unload()
     return folder
+
+
+def make_mixture(family: str, **sizes: Any) -> PreTrainedModel:
+    """A tiny mixture of experts, of one layer."""
+    return make_model(family=family, **{**_EXPERTS, **MIXTURES[family], **sizes})
+
+
+def mixture(folder: Path, family: str, **sizes: Any) -> tuple[Path, Path]:
+    """A base, and an adapter of its experts and attention."""
+    model = make_mixture(family, **sizes)
+    base = save_base(folder / "base", model)
+    config = {"target_modules": ["o_proj"], "target_parameters": STACKS}
+    return base, save_adapter(folder / "adapter", model, **config)
 
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:

@@ -32,13 +32,13 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from peftkern.integrations.frozen_experts import serve_nf4_experts
 from peftkern.integrations.transformers.conversions import make_experts_dense, reversible
 from peftkern.layers.expert_stack import set_stack, stacks_of
+from peftkern.layers.mxfp4_stack import METHOD as _WRITTEN
 from peftkern.layers.mxfp4_stack import SUFFIXES, MXFP4Stack
 from peftkern.layers.nf4 import NF4Linear
 from peftkern.layers.quantize import expert_parameters
 
 __all__ = ["MXFP4ExpertsConfig"]
 METHOD = "peftkern_mxfp4"
-_WRITTEN = "mxfp4"  # transformers' own, whose checkpoints these are
 FAMILY = "gpt_oss"  # the one with such checkpoints
 
 

@@ -40,11 +40,10 @@ from peftkern.integrations.transformers.conversions import (
 )
 from peftkern.layers.expert_stack import set_stack, stacks_of
 from peftkern.layers.nf4 import NF4Linear
-from peftkern.layers.nf4_stack import NF4Stack, absmax_name
+from peftkern.layers.nf4_stack import METHOD, NF4Stack, absmax_name
 from peftkern.layers.quantize import expert_parameters
 
 __all__ = ["NF4ExpertsConfig"]
-METHOD = "peftkern_nf4_experts"
 # With these as own keys a saved config would be read back as bitsandbytes', whatever its method.
 _BNB_KEYS = ("load_in_4bit", "load_in_8bit", "_load_in_4bit", "_load_in_8bit")
 

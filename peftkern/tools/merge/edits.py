@@ -17,6 +17,7 @@ from peftkern.tools.adapters import Adapter, Update
 from peftkern.tools.adapters.adapter import UNMERGEABLE, changed_base, check_finite
 from peftkern.tools.adapters.targets import target_name
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
+from peftkern.tools.checkpoints.weights import spellings
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _BASE = ".base_layer."
@@ -93,7 +94,7 @@ class _Matcher:
     def __init__(self, model: PreTrainedModel) -> None:
         self.modules = dict(model.named_modules())
         self.shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        self.prefix = f"{model.base_model_prefix}."
+        self.prefix = model.base_model_prefix
         self.edits: dict[str, Edit] = {}
 
     def add_update(self, adapter: Adapter, update: Update, weight: float) -> None:
@@ -145,8 +146,7 @@ class _Matcher:
     def _known(self, name: str, names: Iterable[str]) -> str | None:
         """Return the base's name of a module or parameter: it may be the model with a head of the
         adapter's model, or that without the head."""
-        candidates = (name, self.prefix + name, name.removeprefix(self.prefix))
-        return next((one for one in candidates if one in names), None)
+        return next((one for one in spellings(name, self.prefix) if one in names), None)
 
 
 def check_shapes(

@@ -23,7 +23,7 @@ from peftkern.tools.checkpoints.architecture import (
     stacks_experts,
     transposes_experts,
 )
-from peftkern.tools.checkpoints.weights import Weight
+from peftkern.tools.checkpoints.weights import Weight, spellings
 
 
 class Place(NamedTuple):
@@ -79,9 +79,14 @@ def find_places(
     found: dict[str, list[Place]] = defaultdict(list)
     together: dict[tuple[str, int | None], list[Load]] = defaultdict(list)
     rearranged: dict[str, str] = {}
+    for weight in weights.values():
+        if weight.stack:  # under the name of its parameter
+            names = spellings(weight.name, model.base_model_prefix)
+            target = next(name for name in names if name in parameters)
+            found[weight.name].append(Place(target, weight.shape[0]))
     for load in loads:
         weight = weights.get(load.info.name)
-        if weight is None:
+        if weight is None or weight.stack:
             continue  # a part of a weight in 4 bits
         targets = [load.target] if load.converter is None else load_targets(load)
         shape = parameters.get(load.target)

@@ -121,11 +121,15 @@ class Unit:
         return self.weight.infos
 
     @property
+    def kept(self) -> bool:
+        """Whether the values stay, in the same 4 bits or dense."""
+        same = self.four_bit == self.weight.four_bit
+        return same and not self.edits and self.trained is None
+
+    @property
     def copied(self) -> bool:
         """Whether the output has the bytes of the base."""
-        same = self.four_bit == self.weight.four_bit
-        same = same and self.slots[0].dtype is DTYPES[self.weight.info.dtype]
-        return same and not self.edits and self.trained is None
+        return self.kept and self.slots[0].dtype is DTYPES[self.weight.info.dtype]
 
     @property
     def streamed(self) -> bool:
@@ -142,7 +146,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Experts:
-    """What becomes of a stack of experts that is written in 4 bits, or was in training.
+    """What becomes of a stack of experts that is or will be in 4 bits, or was in training.
 
     experts: the weights of each, whose rows are put together. four_bit: None if each becomes its
     part of the one slot.
@@ -204,18 +208,25 @@ def plan_files(
         )
         return Unit(weight.name, weight, (), own, *_format(weight, options, quantized, rounded))
 
+    def by_expert(name: str, stack: Stack, stored: FourBit | None) -> Experts:
+        parts = [planned(*part) for part in _parts(stack, weights, places)]
+        if stored is not None:
+            return _stacked(name, parts, stack, stored)
+        slots = _with_slots(planned(weights[name], ()), main, options).slots
+        experts = tuple((replace(part, slots=slots),) for part in parts)
+        return Experts(name, experts, slots, stack)
+
     for name, weight in weights.items():
         found = places.by_tensor.get(name, ())
         home |= {place.parameter: name for place in found}
         if name in firsts:
             stack = quantized.out.stacks[firsts[name]]
-            parts = [planned(*part) for part in _parts(stack, weights, places)]
-            files[weight.info.file].append(_stacked(firsts[name], parts, stack, options.stored))
+            files[weight.info.file].append(by_expert(firsts[name], stack, options.stored))
+        elif weight.stack and not (unit := planned(weight, found)).kept:
+            stack = Stack(weight.shape, (name,), turned=weight.transposed)
+            files[weight.info.file].append(by_expert(name, stack, unit.four_bit))
         elif name in trained and len(weight.shape) == 3:
-            slots = _with_slots(planned(weight, ()), main, options).slots
-            parts = (planned(*part) for part in _parts(trained[name], weights, places))
-            experts = tuple((replace(part, slots=slots),) for part in parts)
-            files[weight.info.file].append(Experts(name, experts, slots, trained[name]))
+            files[weight.info.file].append(by_expert(name, trained[name], None))
         elif name not in others:
             files[weight.info.file].append(_with_slots(planned(weight, found), main, options))
     for new in untied:
@@ -264,7 +275,7 @@ def _format(
 def _with_slots(unit: Unit, main: torch.dtype, options: Options) -> Unit:
     weight = unit.weight
     if unit.four_bit is not None:
-        if not unit.edits and unit.four_bit == weight.four_bit:
+        if unit.kept:
             slots = tuple(Slot(i.name, DTYPES[i.dtype], i.shape) for i in weight.infos)
         else:
             shape = weight.shape[::-1] if unit.transposed else weight.shape

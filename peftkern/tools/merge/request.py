@@ -20,7 +20,7 @@ from peftkern.tools.checkpoints.architecture import find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.checkpoints.companions import Companions, find_companions
 from peftkern.tools.checkpoints.four_bit import FourBit
-from peftkern.tools.checkpoints.weights import Weight, find_weights, main_dtype
+from peftkern.tools.checkpoints.weights import Weight, find_weights, join_stacks, main_dtype
 from peftkern.tools.merge.edits import Edit, check_shapes, match_adapters
 from peftkern.tools.merge.embeddings import Untied, change_config, untie
 from peftkern.tools.merge.placement import Places, as_parameters, find_places
@@ -60,13 +60,13 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     """
     if not options.changed_base:
         _check_home(checkpoint, adapters)
-    weights = find_weights(checkpoint)
-    quantized = _quantized(checkpoint, weights, options)
+    weights = find_weights(checkpoint, stacks=True)
     model = meta_model(checkpoint)
+    loads = list(find_loads(model, checkpoint))
+    weights = as_parameters(model, loads, join_stacks(model, checkpoint, weights))
+    quantized = _quantized(checkpoint, weights, options)
     if quantized.config is not None:
         _check_experts(model, quantized, options.out)
-    loads = list(find_loads(model, checkpoint))
-    weights = as_parameters(model, loads, weights)
     places = find_places(model, loads, weights)
     edits = match_adapters(model, adapters, on_changed_base=options.changed_base)
     home = {p.parameter: weights[name] for name, ps in places.by_tensor.items() for p in ps}
@@ -178,7 +178,7 @@ def _check_residual(
     for unit in (unit for file in files for unit in file.units if unit.four_bit is not None):
         found = places.by_tensor.get(unit.name, ())
         parameter = found[0].parameter if len(found) == 1 else ""
-        stack = isinstance(unit, Experts)
+        stack = isinstance(unit, Experts) or unit.weight.stack
         if stack or shapes.get(parameter) != unit.weight.shape or not parameter.endswith(".weight"):
             part = f"a part of {found[0].parameter}" if found else "nothing of the model"
             part = "a stack of experts" if stack else part

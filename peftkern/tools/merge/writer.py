@@ -154,24 +154,21 @@ class _Writer:
         w = unit.four_bit.quantize(merged)
         self._write(unit, state(unit.name, w))
         if unit.edits:
-            same = unit.weight.four_bit is not None or _same_values(unit.trained, unit.four_bit)
-            alone = weight if same else unit.four_bit.round(weight)
+            alone = weight if _has_values_of(unit, unit.four_bit) else unit.four_bit.round(weight)
             change = measure_stored(weight, merged, dequantize(w), alone)
         rank = self.options.residual
         residual = residual_of(merged, w, rank) if rank else None
         return _Done(unit.name, unit.weight.nbytes, change, residual)
 
     def expert(self, unit: Experts, number: int) -> _Done:
-        """Merge the rows of one expert, of a stack that will be in 4 bits, or was in training."""
+        """Merge one expert, of a stack that is or will be in 4 bits, or was in training."""
         before, merged, nbytes = [], [], 0
         for part in unit.experts[number]:
-            info, weight = part.weight.info, torch.empty(part.weight.shape, dtype=part.weight.dtype)
-            with _reading(part.weight, CutOff):
-                read_into(self.sources[info.file], weight, info.offset)
-            before.append(rounded_as_trained(part, weight))
+            with _reading(part.weight, *READ_ERRORS):
+                before.append(rounded_as_trained(part, part.weight.read()))
             total, change = merged_tensor(part, before[-1], self._buffers())
             merged.append(total)
-            nbytes += info.nbytes
+            nbytes += part.weight.nbytes
         if unit.four_bit is None:
             self._write(unit, {unit.name: total}, number)
             return _Done(unit.name, nbytes, change)
@@ -185,7 +182,7 @@ class _Writer:
         if not unit.edits:
             return _Done(unit.name, nbytes)
         stored, alone = stack.dequantize(0), weight
-        if not _same_values(unit.experts[number][0].trained, unit.four_bit):
+        if not _has_values_of(unit.experts[number][0], unit.four_bit):
             stack.set_expert(0, weight)
             alone = stack.dequantize(0)
         return _Done(unit.name, nbytes, measure_stored(weight, total, stored, alone))
@@ -204,9 +201,11 @@ class _Writer:
         return self.local.buffers
 
 
-def _same_values(trained: FourBit | None, stored: FourBit) -> bool:
-    """Return whether what was in 4 bits in training has a value in those that are written."""
-    return trained is not None and trained[:2] == stored[:2]
+def _has_values_of(unit: Unit, stored: FourBit) -> bool:
+    """Return whether the base, or what it was in training, has values of the 4 bits that are
+    written."""
+    had = unit.trained or unit.weight.four_bit
+    return had is not None and had[:2] == stored[:2]
 
 
 @contextmanager

@@ -11,11 +11,15 @@ import pytest
 import torch
 from checkpoint_folders import contents, load_tensors
 from merged_folders import (
+    MIXTURES,
+    STACKS,
     assert_same_tensors,
     load,
+    make_mixture,
     make_model,
     merge,
     merged_by_peft,
+    mixture,
     save_adapter,
     save_base,
 )
@@ -43,33 +47,7 @@ QUANTIZE: dict[str, Callable[[Tensor], Any]] = {
     "nvfp4": peftkern.quantize_nvfp4,
     "int4": peftkern.quantize_int4,
 }
-_EXPERTS = {"num_experts_per_tok": 2, "head_dim": 16, "num_hidden_layers": 1}
-_DEEPSEEK = {
-    **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
-    **{"moe_intermediate_size": 32},
-}
-_LATENT = {
-    **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "kv_lora_rank": 16},
-    **{"q_lora_rank": 16, "num_key_value_heads": 4},
-}
-MIXTURES = {
-    "Qwen3Moe": {"num_experts": 4, "moe_intermediate_size": 32},
-    "Mixtral": {"num_local_experts": 4},
-    "Olmoe": {"num_experts": 4},
-    "DeepseekV3": {**_DEEPSEEK, **_LATENT},
-    "Glm4Moe": _DEEPSEEK,
-    "GptOss": {"num_local_experts": 4},
-}
 ODD = {"hidden_size": 72, "intermediate_size": 33}  # an expert of 4752 values
-STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-
-
-def mixture(folder: Path, family: str, **sizes: Any) -> tuple[Path, Path]:
-    """A base, and an adapter of its experts and attention."""
-    model = make_model(family=family, **{**_EXPERTS, **MIXTURES[family], **sizes})
-    base = save_base(folder / "base", model)
-    config = {"target_modules": ["o_proj"], "target_parameters": STACKS}
-    return base, save_adapter(folder / "adapter", model, **config)
 
 
 def as_linear(kind: str, weight: Tensor) -> Tensor:
@@ -178,7 +156,7 @@ def test_trained_on_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
 
 def test_model_with_experts_in_nf4_loads(tmp_path: Path) -> None:
     """From shards, of which one holds experts that begin in another one."""
-    model = make_model(family="Qwen3Moe", **_EXPERTS, **MIXTURES["Qwen3Moe"])
+    model = make_mixture("Qwen3Moe")
     base = save_base(tmp_path / "base", model, shards="20KB")
     adapter = save_adapter(tmp_path / "adapter", model, target_parameters=STACKS, target_modules=[])
     merge(base, adapter, to=tmp_path / "out", out="nf4")

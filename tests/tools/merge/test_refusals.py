@@ -200,7 +200,8 @@ def test_convolution_with_groups(tmp_path: Path) -> None:
         (
             {"quant_method": "bitsandbytes", "load_in_8bit": True},
             "expected dense weights, NF4 or FP4 of bitsandbytes, or layers of peftkern's "
-            "BlockLinearConfig, got load_in_4bit None",
+            "BlockLinearConfig, experts of its NF4ExpertsConfig or of gpt-oss in MXFP4, got "
+            "load_in_4bit None",
         ),
         (
             {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "int4"},

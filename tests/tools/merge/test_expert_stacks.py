@@ -1,0 +1,240 @@
+"""Bases whose experts are stacks in 4 bits: decoded, added to and encoded, expert by expert."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from checkpoint_folders import contents, load_tensors, save_tensors
+from merged_folders import (
+    STACKS,
+    assert_same_tensors,
+    load,
+    make_mixture,
+    merge,
+    merged_by_peft,
+    mixture,
+    save_adapter,
+    save_base,
+)
+from peak_memory import growth
+from quantized_folders import convert
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import peftkern
+from peftkern.integrations.transformers import MXFP4ExpertsConfig, NF4ExpertsConfig
+from peftkern.layers.expert_stack import stacks_of
+from peftkern.tools.adapters import Adapter, Update, write_adapter
+from peftkern.tools.checkpoints.checkpoint import CheckpointError
+from peftkern.tools.checkpoints.four_bit import FourBit
+
+LAYER = "model.layers.0"
+EXPERTS = [f"{LAYER}.{name}" for name in STACKS]
+
+
+def dense_values(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state of a model without its 4 bits."""
+    state = {}
+    for path, module in model.named_modules():
+        for name, p in module.named_parameters(path, recurse=False):
+            state[name] = p.detach()
+        for name, stack in stacks_of(module).items():
+            state[f"{path}.{name}"] = torch.stack([stack.dequantize(e) for e in range(len(stack))])
+        if isinstance(module, Linear4bit):
+            w = peftkern.NF4Weight.from_bitsandbytes(module.weight)
+            state[f"{path}.weight"] = peftkern.dequantize(w)
+    return state
+
+
+def decode(stored: Path, base: Path, folder: Path) -> Path:
+    """A dense base with the values of one in 4 bits."""
+    model = load(base)
+    values = dense_values(load(stored))
+    assert values.keys() == dict(model.named_parameters()).keys()
+    model.load_state_dict(values, strict=False)
+    return save_base(folder, model)
+
+
+def folders(tmp_path: Path, family: str, format: str, **adapter: Any) -> tuple[Path, Path, Path]:
+    """A base in 4 bits, the same decoded, and an adapter."""
+    base, adapter = mixture(tmp_path, family, **adapter)
+    convert(base, tmp_path / "stored", format=format)
+    return tmp_path / "stored", decode(tmp_path / "stored", base, tmp_path / "decoded"), adapter
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+KINDS = [
+    *(("Qwen3Moe", "nf4"), ("Mixtral", "nf4"), ("DeepseekV3", "nf4"), ("GptOss", "nf4")),
+    ("GptOss", "mxfp4"),
+]
+
+
+@pytest.mark.parametrize(("family", "format"), KINDS)
+def test_the_sums_are_those_of_peft_over_the_decoded_base(tmp_path, family, format) -> None:
+    """Dense; and quantized again, as `peftkern quantize` does it, what no update changes copied."""
+    stored, decoded, adapter = folders(tmp_path, family, format)
+    merged_by_peft(decoded, adapter, tmp_path / "peft")
+    merge(stored, adapter, to=tmp_path / "dense", out="bf16")
+    assert "quantization_config" not in config_of(tmp_path / "dense")
+    expected = load(tmp_path / "peft").state_dict()
+    assert_same_tensors(load(tmp_path / "dense").state_dict(), expected)
+
+    summary = merge(stored, adapter, to=tmp_path / "out")
+    convert(tmp_path / "peft", tmp_path / "expected", format=format)
+    before, got = load_tensors(stored), load_tensors(tmp_path / "out")
+    again = load_tensors(tmp_path / "expected")
+    assert got.keys() == before.keys() == again.keys()
+    assert config_of(tmp_path / "out") == config_of(stored)
+    changed = tuple(name.removesuffix("_proj") for name in summary.changes)
+    assert set(EXPERTS) <= summary.changes.keys()
+    for name, tensor in got.items():
+        assert torch.equal(tensor, (again if name.startswith(changed) else before)[name]), name
+    peft = load(tmp_path / "peft").state_dict()
+    plain, written = load(decoded).state_dict(), dense_values(load(tmp_path / "out"))
+    for name in EXPERTS:
+        update = peft[name].double() - plain[name].double()
+        kept = ((written[name].double() - plain[name].double()) * update).sum()
+        survived = (kept / update.square().sum()).item()
+        assert summary.changes[name].survival == pytest.approx(survived, rel=1e-2)
+
+
+@pytest.mark.parametrize(("family", "format"), [("Qwen3Moe", "nf4"), ("GptOss", "mxfp4")])
+def test_experts_that_no_adapter_changes(tmp_path: Path, family: str, format: str) -> None:
+    """Stay as they are stored, or are decoded; their parts may lie in different files."""
+    model = make_mixture(family)
+    base = save_base(tmp_path / "base", model)
+    convert(base, tmp_path / "stored", format=format, shard_bytes=3000)
+    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["o_proj"])
+    summary = merge(tmp_path / "stored", adapter, to=tmp_path / "out")
+    assert len(summary.plan.files) > 3
+    before, got = load_tensors(tmp_path / "stored"), load_tensors(tmp_path / "out")
+    assert before.keys() == got.keys()
+    parts = [name for name in before if name.startswith(f"{LAYER}.mlp.experts.")]
+    assert len(parts) >= 4 and all(torch.equal(before[name], got[name]) for name in parts)
+    decoded = decode(tmp_path / "stored", base, tmp_path / "decoded")
+    merged_by_peft(decoded, adapter, tmp_path / "peft")
+    merge(tmp_path / "stored", adapter, to=tmp_path / "dense", out="bf16")
+    expected = load(tmp_path / "peft").state_dict()
+    assert_same_tensors(load(tmp_path / "dense").state_dict(), expected)
+
+
+def test_base_without_its_head(tmp_path: Path) -> None:
+    """An adapter of a model with a head fits it."""
+    base, adapter = mixture(tmp_path, "Qwen3Moe")
+    load(base).model.save_pretrained(tmp_path / "headless")
+    for name in ("base", "headless"):
+        convert(tmp_path / name, tmp_path / f"{name}-nf4")
+        merge(tmp_path / f"{name}-nf4", adapter, to=tmp_path / f"{name}-out")
+    got, expected = (load_tensors(tmp_path / f"{name}-out") for name in ("headless", "base"))
+    expected = {name.removeprefix("model."): t for name, t in expected.items()}
+    del expected["lm_head.weight"]
+    assert_same_tensors(got, expected)
+
+
+A = EXPERTS[0]
+BROKEN: dict[str, tuple[str, str, Callable[[dict[str, Tensor]], Any], str]] = {
+    "no absmax": (
+        *("Qwen3Moe", "nf4"),
+        lambda tensors: tensors.pop(f"{LAYER}.mlp.experts.gate_up_absmax"),
+        r"gate_up_proj: expected a part of experts in 4 bits, got U8 \[4, 2048\]",
+    ),
+    "no scales": (
+        *("GptOss", "mxfp4"),
+        lambda tensors: tensors.pop(f"{A}_scales"),
+        r"gate_up_proj_blocks: expected a part of experts in 4 bits, got U8",
+    ),
+    "fewer experts": (
+        *("Qwen3Moe", "nf4"),
+        lambda tensors: tensors.update({A: tensors[A][:3].clone()}),
+        r"gate_up_proj: no weight in 4 bits: shape: \[4, 64, 64\] does not fit packed",
+    ),
+    "other blocks": (
+        *("GptOss", "mxfp4"),
+        lambda tensors: tensors.update(
+            {f"{A}_{part}": tensors[f"{A}_{part}"][:, :64].clone() for part in ("blocks", "scales")}
+        ),
+        r"gate_up_proj: no weight in 4 bits: expected experts \[4, 64, 192\], got \[4, 64, 64\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_stacks_that_are_none(tmp_path: Path, case: str) -> None:
+    family, format, change, words = BROKEN[case]
+    base, adapter = mixture(tmp_path, family)
+    stored = tmp_path / "stored"
+    convert(base, stored, format=format)
+    tensors = load_tensors(stored)
+    change(tensors)
+    save_file(tensors, stored / "model.safetensors", metadata={"format": "pt"})
+    before = contents(tmp_path)
+    for out in ("keep", "bf16"):
+        with pytest.raises(CheckpointError, match=words) as caught:
+            merge(stored, adapter, to=tmp_path / "out", out=out)
+        assert "\n" not in str(caught.value)
+    assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+
+
+def large_experts(folder: Path, family: str, format: str, count: int) -> Path:
+    """A base of so many experts, dense or in 4 bits, and an adapter of one of their stacks."""
+    names = ("hidden_size", "intermediate_size", "moe_intermediate_size")
+    sizes = dict.fromkeys(names, 384) | dict.fromkeys(("num_experts", "num_local_experts"), count)
+    with torch.device("meta"):
+        model = make_mixture(family, **sizes)
+    tensors = {}
+    for name, p in model.named_parameters():
+        parts = {name: p}
+        if name in EXPERTS and format:
+            how = {"turned": format == "mxfp4", "device": "meta"}
+            stack = FourBit.of(format, nested=False).stack(tuple(p.shape), p.dtype, **how)
+            parts = stack.state(name)
+        tensors |= {key: torch.zeros(part.shape, dtype=part.dtype) for key, part in parts.items()}
+    save_tensors(folder / "base", {"model.safetensors": tensors})
+    quantized = {"nf4": NF4ExpertsConfig, "mxfp4": MXFP4ExpertsConfig}
+    if format:
+        model.config.quantization_config = quantized[format]()
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder / "base")
+    factors = torch.randn(count, 1, 384), torch.randn(count, 768, 1)
+    module, _, parameter = EXPERTS[0].rpartition(".")
+    update = Update(module, parameter, "experts", *factors, 1.0)
+    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_parameters": STACKS[:1]}
+    write_adapter(Adapter({**config, "target_modules": []}, {module: update}), folder / "adapter")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("family", "format", "out"),
+    [
+        *(("Qwen3Moe", "nf4", "keep"), ("Qwen3Moe", "nf4", "bf16"), ("Qwen3Moe", "", "nf4")),
+        ("GptOss", "mxfp4", "keep"),
+    ],
+)
+def test_peak_memory_is_that_of_a_few_experts(tmp_path, family: str, format: str, out: str) -> None:
+    """Of 128, whose stack is 75 MB in 16 bits: each of two threads holds one, and what quantizing
+    it takes, which is ten times an expert, and less than half of the stack."""
+    dense = 128 * 768 * 384 * 2
+    warm, large = (
+        large_experts(tmp_path / name, family, format, count)
+        for name, count in (("warm", 4), ("large", 128))
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    merge(warm / "base", warm / "adapter", to=warm / "out", out=out)
+    run = partial(merge, large / "base", large / "adapter", to=large / "out", out=out)
+    grown = growth(run)
+    torch.set_num_threads(before)
+    assert grown < dense / 2
+    written = sum(path.stat().st_size for path in (large / "out").glob("*.safetensors"))
+    assert written > dense / 4
