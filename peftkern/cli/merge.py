@@ -138,8 +138,8 @@ def _report(summary: Summary, destination: Path) -> Iterator[str]:
     units = [unit for file in plan.files for unit in file.units]
     copied = sum(unit.copied for unit in units)
     resumed = f" ({summary.resumed} by an earlier run)" if summary.resumed else ""
-    files = f"{len(plan.files)} file{'s' * (len(plan.files) != 1)}"
-    yield f"{len(summary.changes)} weights merged, {copied} tensors copied, in {files}{resumed}"
+    merged, files = _number(len(summary.changes), "weight"), _number(len(plan.files), "file")
+    yield f"{merged} merged, {_number(copied, 'tensor')} copied, in {files}{resumed}"
     for untied in plan.untied:
         yield f"{untied.parameter}: no longer tied to {untied.source}, written apart"
     yield (
@@ -153,11 +153,15 @@ def _report(summary: Summary, destination: Path) -> Iterator[str]:
     worst = [(name, one) for name, one in worst if one.survival < total.survival][:_SHOWN]
     if worst:
         yield "least: " + ", ".join(f"{one.survival:.1%} {name}" for name, one in worst)
-    yield f"{len(plan.companions.copied)} other files copied"
+    yield f"{_number(len(plan.companions.copied), 'other file')} copied"
     left = [name if name.isprintable() else ascii(name) for name in plan.companions.left]
     if left:
         yield f"left behind: {', '.join(left)}"
     yield f"{destination}: written"
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def _record(summary: Summary, survived: bool) -> dict[str, Any]:

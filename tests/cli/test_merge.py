@@ -45,6 +45,20 @@ def test_a_checkpoint_is_merged_and_described(tmp_path: Path, folders, capfd) ->
     assert_same_tensors(load_tensors(out), load_tensors(tmp_path / "expected"))
 
 
+def test_one_of_each_is_told_in_the_singular(tmp_path: Path, capfd) -> None:
+    model = make_model()
+    base = save_base(tmp_path / "base", model)
+    config = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
+    adapter = save_adapter(tmp_path / "adapter", model, **config)
+    for other in base.glob("generation_config.json"):
+        other.unlink()
+    (base / "tokenizer.json").write_text("{}")
+    done = run_main(capfd, "merge", *map(str, (base, adapter, tmp_path / "out")))
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("1 weight merged, ") and lines[0].endswith(" in 1 file")
+    assert "1 other file copied" in lines
+
+
 def test_full_disk_says_how_to_go_on(tmp_path: Path, folders, capfd, monkeypatch) -> None:
     arguments = ("merge", *folders, tmp_path / "out")
 
