@@ -25,19 +25,23 @@ struct Float32Axpy : Float32Dots<kShort> {
   using typename Dots::Vector;
   static bool serves(const NF4View& w) { return kShort == (w.blocksize < 64 || w.zero); }
   static constexpr int kPart = 1;  // weight rows that a vector holds
-  // kMaxRows: rows of dy that share a decoded weight; kSums: vectors of sums in registers.
+  // kMaxRows: rows of dy that share a decoded weight; kSums: vectors of sums in registers;
+  // kDecodesAll: lookups yield several vectors.
 #if defined(__AVX512F__)
   static constexpr int kMaxRows = 16, kSums = 16;
+  static constexpr bool kDecodesAll = false;
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
   static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 #elif defined(__AVX2__)
   static constexpr int kMaxRows = 8, kSums = 8;
+  static constexpr bool kDecodesAll = true;
   static Vector broadcast(const float* p) { return _mm256_set1_ps(*p); }
   static Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
   static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 #else
   static constexpr int kMaxRows = 8, kSums = 8;
+  static constexpr bool kDecodesAll = false;
   static Vector broadcast(const float* p) { return f32_set1(*p); }
   static Vector subtract(const Vector& a, const Vector& b) {
     return f32_fma(b, f32_set1(-1.0f), a);
@@ -48,9 +52,13 @@ struct Float32Axpy : Float32Dots<kShort> {
   struct Weights {
     typename Dots::Weights scaled;
     Vector zero;  // kShort
+    template <bool kZero>
+    Vector code(int v) const {
+      return kZero ? subtract(scaled.code(v), zero) : scaled.code(v);
+    }
     Vector at(int v) const {
-      if (!kShort) return scaled.code(v);
-      return Dots::product(subtract(scaled.code(v), zero), scaled.scale);
+      if (!kShort) return scaled.at(v);
+      return Dots::product(code<true>(v), scaled.scale);
     }
   };
   static Weights weights(const Codes& codes, const NF4View& w, const Absmax& absmax,
@@ -71,7 +79,9 @@ struct Float32Axpy : Float32Dots<kShort> {
     }
   }
   // Column c of 64 is at this place of their vectors.
-  static int64_t place(int64_t c, bool low_first) { return (c % 8 ^ low_first) * 8 + c / 8; }
+  static int64_t place(int64_t c, bool low_first) {
+    return Dots::place(static_cast<int>(c), low_first);
+  }
 };
 
 template <class Axpy>
@@ -136,6 +146,103 @@ struct NF4Axpy {
     }
   }
 
+  void prefetch_rows(int64_t element, int64_t rows) const {
+    __builtin_prefetch(args.w.packed + (element + rows * args.K) / 2, 0, 2);
+  }
+
+  // The same of all vectors for one row of dy or two, which scales multiply instead of the weights.
+  template <int kM, bool kZero>
+  void multiply_codes(const Task& t, int64_t n0, int64_t rows, int64_t c, const float* dy,
+                      float* sums) const {
+    constexpr int kV = kVectors / kM;
+    const typename Axpy::Codes own = codes;
+    for (int v0 = 0; v0 < kVectors; v0 += kV) {
+      Vector acc[kV][kM];
+      for (auto& vector : acc) {
+        for (Vector& sum : vector) sum = Vector{};
+      }
+      int64_t element = (t.piece.weight + n0) * args.K + t.begin + c;
+      for (int64_t n = 0; n < rows; ++n, element += args.K) {
+        const auto weights = Axpy::weights(own, args.w, t.absmax, element, args.K, rows - n);
+        if (v0 == 0) prefetch_rows(element, kRows<kM>);
+        Vector slope[kM];
+        for (int m = 0; m < kM; ++m) {
+          slope[m] = Axpy::product(weights.scaled.scale, Axpy::broadcast(dy + n * kM + m));
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < kV; ++v) {
+          const Vector code = weights.template code<kZero>(v0 + v);
+          for (int m = 0; m < kM; ++m) acc[v][m] = Axpy::fma(code, slope[m], acc[v][m]);
+        }
+      }
+      add_sums<kM, kM, kV>(acc, sums + v0 * kM * kLanes);
+    }
+  }
+
+  // kP of kM rows' sums of kV vectors.
+  template <int kM, int kP, int kV>
+  static void add_sums(const Vector (&acc)[kV][kP], float* sums) {
+    for (int v = 0; v < kV; ++v) {
+      for (int m = 0; m < kP; ++m) {
+        float* sum = sums + (v * kM + m) * kLanes;
+        Axpy::store(sum, Axpy::add(Axpy::load(sum), acc[v][m]));
+      }
+    }
+  }
+
+  // 64 columns of so many weight rows, in their vectors' order.
+  template <bool kZero>
+  void decode(const Task& t, int64_t n0, int64_t rows, int64_t c, int64_t ahead, float* out) const {
+    const typename Axpy::Codes own = codes;
+    int64_t element = (t.piece.weight + n0) * args.K + t.begin + c;
+    for (int64_t n = 0; n < rows; ++n, element += args.K, out += 64) {
+      const auto weights = Axpy::weights(own, args.w, t.absmax, element, args.K, rows - n);
+      prefetch_rows(element, ahead);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector code = weights.template code<kZero>(v);
+        Axpy::store(out + v * kLanes, Axpy::product(code, weights.scaled.scale));
+      }
+    }
+  }
+
+  // Decoded rows times kM rows of dy.
+  template <int kM>
+  void multiply_decoded(const float* decoded, int64_t rows, const float* dy, float* sums) const {
+    constexpr int kP = kM % 2 ? 3 : 2, kV = 4;
+    for (int v0 = 0; v0 < kVectors; v0 += kV) {
+      for (int m0 = 0; m0 < kM; m0 += kP) {
+        Vector acc[kV][kP];
+        for (auto& vector : acc) {
+          for (Vector& sum : vector) sum = Vector{};
+        }
+        for (int64_t n = 0; n < rows; ++n) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kV; ++v) {
+            const Vector weight = Axpy::load(decoded + n * 64 + (v0 + v) * kLanes);
+            for (int m = 0; m < kP; ++m) {
+              acc[v][m] = Axpy::fma(weight, Axpy::broadcast(dy + n * kM + m0 + m), acc[v][m]);
+            }
+          }
+        }
+        add_sums<kM, kP, kV>(acc, sums + (v0 * kM + m0) * kLanes);
+      }
+    }
+  }
+
+  // 64 columns of kRows weight rows or fewer.
+  template <int kM, bool kZero>
+  void multiply_all(const Task& t, int64_t n0, int64_t rows, int64_t c, const float* dy,
+                    float* sums) const {
+    if constexpr (kM <= 2) {
+      multiply_codes<kM, kZero>(t, n0, rows, c, dy, sums);
+    } else {
+      float decoded[kRows<kM> * 64];
+      decode<kZero>(t, n0, rows, c, kRows<kM>, decoded);
+      multiply_decoded<kM>(decoded, rows, dy, sums);
+    }
+  }
+
   // dx[m0 : m0 + rows, the columns of the task], rows <= kM.
   template <int kM>
   void tile(const Prepared& p, const Task& t, int64_t m0, int64_t rows) const {
@@ -145,10 +252,16 @@ struct NF4Axpy {
     std::memset(t.sums, 0, static_cast<size_t>(t.count * kM) * 4);
     for (int64_t n0 = 0; n0 < args.N; n0 += kRows<kM>) {
       const int64_t valid = min64(kRows<kM>, args.N - n0);
+      const float* slopes = dy + n0 / Axpy::kPart * kM;
       for (int64_t c = 0; c < t.count; c += 64) {
-        for (int v = 0; v < kVectors; v += kV) {
-          multiply<kM, kV>(t, n0, valid, c, dy + n0 / Axpy::kPart * kM, v,
-                           t.sums + (c + v * kLanes) * kM);
+        float* sums = t.sums + c * kM;
+        if constexpr (Axpy::kDecodesAll) {
+          args.w.zero ? multiply_all<kM, true>(t, n0, valid, c, slopes, sums)
+                      : multiply_all<kM, false>(t, n0, valid, c, slopes, sums);
+        } else {
+          for (int v = 0; v < kVectors; v += kV) {
+            multiply<kM, kV>(t, n0, valid, c, slopes, v, sums + v * kLanes * kM);
+          }
         }
       }
     }
