@@ -106,7 +106,7 @@ struct NF4Axpy {
     const NF4Piece& piece;
     const Absmax absmax;
     int64_t begin, count;
-    float* sums;
+    float *sums, *scales;  // scales of some rows, or null: they are in absmax
   };
 
   // Weight rows at a time: the more rows of dy, the more sums to load and store for them.
@@ -146,8 +146,32 @@ struct NF4Axpy {
     }
   }
 
-  void prefetch_rows(int64_t element, int64_t rows) const {
-    __builtin_prefetch(args.w.packed + (element + rows * args.K) / 2, 0, 2);
+  // Asks for 64 weights of a row, and their scales.
+  template <bool kZero>
+  [[gnu::always_inline]] void prefetch(const Task& t, int64_t element) const {
+    __builtin_prefetch(args.w.packed + element / 2, 0, 2);
+    if (!t.scales) __builtin_prefetch(t.absmax.of(element), 0, 2);
+    if (kZero) __builtin_prefetch(args.w.zero + (element >> t.absmax.log2), 0, 2);
+  }
+
+  // Whether a task makes floats of the bytes of the rows at hand: those of all rows would take a
+  // quarter or a half of the weight's bytes.
+  bool scales_by_task() const { return Axpy::kDecodesAll && args.w.byte_scales(); }
+
+  Absmax row_scales(const Task& t, int64_t n0, int64_t n) const {
+    if (!t.scales) return t.absmax;
+    const int log2 = args.w.blocksize_log2();
+    const int64_t first = ((t.piece.weight + n0 + n) * args.K + t.begin) >> log2;
+    return {t.scales + n * (t.count >> log2), first, log2};
+  }
+  void expand_scales(const Task& t, int64_t n0, int64_t rows, int64_t ahead) const {
+    const int log2 = args.w.blocksize_log2();
+    for (int64_t n = 0; n < rows; ++n) {
+      const int64_t element = (t.piece.weight + n0 + n) * args.K + t.begin;
+      prefetch_scales(args.w, element + ahead * args.K, t.count);
+      const int64_t count = t.count >> log2;
+      expand_absmax(args.w, element >> log2, count, t.scales + n * count);
+    }
   }
 
   // The same of all vectors for one row of dy or two, which scales multiply instead of the weights.
@@ -163,8 +187,9 @@ struct NF4Axpy {
       }
       int64_t element = (t.piece.weight + n0) * args.K + t.begin + c;
       for (int64_t n = 0; n < rows; ++n, element += args.K) {
-        const auto weights = Axpy::weights(own, args.w, t.absmax, element, args.K, rows - n);
-        if (v0 == 0) prefetch_rows(element, kRows<kM>);
+        const Absmax absmax = row_scales(t, n0, n);
+        const auto weights = Axpy::weights(own, args.w, absmax, element, args.K, rows - n);
+        if (v0 == 0) prefetch<kZero>(t, element + kRows<kM> * args.K);
         Vector slope[kM];
         for (int m = 0; m < kM; ++m) {
           slope[m] = Axpy::product(weights.scaled.scale, Axpy::broadcast(dy + n * kM + m));
@@ -196,8 +221,9 @@ struct NF4Axpy {
     const typename Axpy::Codes own = codes;
     int64_t element = (t.piece.weight + n0) * args.K + t.begin + c;
     for (int64_t n = 0; n < rows; ++n, element += args.K, out += 64) {
-      const auto weights = Axpy::weights(own, args.w, t.absmax, element, args.K, rows - n);
-      prefetch_rows(element, ahead);
+      const Absmax absmax = row_scales(t, n0, n);
+      const auto weights = Axpy::weights(own, args.w, absmax, element, args.K, rows - n);
+      prefetch<kZero>(t, element + ahead * args.K);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const Vector code = weights.template code<kZero>(v);
@@ -252,6 +278,7 @@ struct NF4Axpy {
     std::memset(t.sums, 0, static_cast<size_t>(t.count * kM) * 4);
     for (int64_t n0 = 0; n0 < args.N; n0 += kRows<kM>) {
       const int64_t valid = min64(kRows<kM>, args.N - n0);
+      if (t.scales) expand_scales(t, n0, valid, kRows<kM>);
       const float* slopes = dy + n0 / Axpy::kPart * kM;
       for (int64_t c = 0; c < t.count; c += 64) {
         float* sums = t.sums + c * kM;
@@ -331,18 +358,23 @@ struct NF4Axpy {
     Scratch dy(wave.rows * parts * 4);
     const Prepared p{dy.floats(), parts};
     parallel_for(args.threads, wave.rows, [&](int64_t i, int) { prepare(p, i); });
-    const WaveAbsmax absmax(args, wave);
+    const bool by_task = scales_by_task();
+    const NF4Wave expanded{wave.pieces, by_task ? 0 : wave.count, wave.rows};
+    const WaveAbsmax absmax(args, expanded);
 
     const int64_t most = padded(min64(Axpy::kMaxRows, wave.pieces[0].M));
     const int64_t share = round_up(ceil_div(wave.count * args.K, 2 * args.threads), 128);
     const int64_t fit = round_up(min64(kAxpyStrip, kAxpySums / most), 128);
     const int64_t strip = min64(share, fit), strips = ceil_div(args.K, strip);
-    Scratch sums(args.threads * strip * most * 4);
+    const int64_t per_thread = strip * most + (by_task ? kRows<8> * strip / args.w.blocksize : 0);
+    Scratch scratch(args.threads * per_thread * 4);
     parallel_for(args.threads, wave.count * strips, [&](int64_t i, int thread) {
       const NF4Piece& piece = wave.pieces[i / strips];
       const int64_t begin = i % strips * strip;
-      const Task t{piece, absmax.of(i / strips), begin, min64(strip, args.K - begin),
-                   sums.floats() + thread * strip * most};
+      float* sums = scratch.floats() + thread * per_thread;
+      const Task t{piece, absmax.of(i / strips),
+                   begin, min64(strip, args.K - begin),
+                   sums,  by_task ? sums + strip * most : nullptr};
       for (int64_t m0 = 0; m0 < piece.M; m0 += Axpy::kMaxRows) {
         tile_of(p, t, m0, min64(Axpy::kMaxRows, piece.M - m0));
       }
