@@ -17,13 +17,15 @@ constexpr int64_t kAxpyStrip = 2048;     // columns of a task at most
 constexpr int64_t kAxpySums = 16 << 10;  // floats of a task's sums at most: 64 KiB
 
 // float32 codes: vectors of 64 columns are those of the dot products, in their order. kShort: of
-// blocks of any size, with zeros or without.
+// blocks of any size, with zeros or without; else only where kDecodesAll are there zeros.
 template <bool kShort>
 struct Float32Axpy : Float32Dots<kShort> {
   using Dots = Float32Dots<kShort>;
   using typename Dots::Codes;
   using typename Dots::Vector;
-  static bool serves(const NF4View& w) { return kShort == (w.blocksize < 64 || w.zero); }
+  static bool serves(const NF4View& w) {
+    return kShort == (w.blocksize < 64 || (w.zero && !kDecodesAll));
+  }
   static constexpr int kPart = 1;  // weight rows that a vector holds
   // kMaxRows: rows of dy that share a decoded weight; kSums: vectors of sums in registers;
   // kDecodesAll: lookups yield several vectors.
@@ -65,7 +67,10 @@ struct Float32Axpy : Float32Dots<kShort> {
                          int64_t element, int64_t, int64_t) {
     Weights out;
     out.scaled = Dots::weights(codes, w.packed + element / 2, absmax.of(element), false);
-    out.zero = kShort && w.zero ? codes.spread(w.zero + (element >> absmax.log2)) : Vector{};
+    const float* zero = w.zero ? w.zero + (element >> absmax.log2) : nullptr;
+    out.zero = Vector{};
+    if (kShort && zero) out.zero = codes.spread(zero);
+    if (!kShort && kDecodesAll && zero) out.zero = broadcast(zero);
     return out;
   }
   // n elements of dy from i on, for weight rows one after the other.
@@ -175,13 +180,15 @@ struct NF4Axpy {
   }
 
   // The same of all vectors for one row of dy or two, which scales multiply instead of the weights.
+  // Zeros, the same in all vectors, have a sum of their own.
   template <int kM, bool kZero>
   void multiply_codes(const Task& t, int64_t n0, int64_t rows, int64_t c, const float* dy,
                       float* sums) const {
     constexpr int kV = kVectors / kM;
     const typename Axpy::Codes own = codes;
     for (int v0 = 0; v0 < kVectors; v0 += kV) {
-      Vector acc[kV][kM];
+      Vector acc[kV][kM], zeros[kM];
+      for (Vector& sum : zeros) sum = Vector{};
       for (auto& vector : acc) {
         for (Vector& sum : vector) sum = Vector{};
       }
@@ -193,12 +200,16 @@ struct NF4Axpy {
         Vector slope[kM];
         for (int m = 0; m < kM; ++m) {
           slope[m] = Axpy::product(weights.scaled.scale, Axpy::broadcast(dy + n * kM + m));
+          if (kZero) zeros[m] = Axpy::fma(weights.zero, slope[m], zeros[m]);
         }
 #pragma GCC unroll 8
         for (int v = 0; v < kV; ++v) {
-          const Vector code = weights.template code<kZero>(v0 + v);
+          const Vector code = weights.template code<false>(v0 + v);
           for (int m = 0; m < kM; ++m) acc[v][m] = Axpy::fma(code, slope[m], acc[v][m]);
         }
+      }
+      for (auto& vector : acc) {
+        for (int m = 0; kZero && m < kM; ++m) vector[m] = Axpy::subtract(vector[m], zeros[m]);
       }
       add_sums<kM, kM, kV>(acc, sums + v0 * kM * kLanes);
     }
