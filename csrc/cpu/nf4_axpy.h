@@ -383,7 +383,9 @@ struct NF4Axpy {
       const NF4Piece& piece = wave.pieces[i / strips];
       const int64_t begin = i % strips * strip;
       float* sums = scratch.floats() + thread * per_thread;
-      const Task t{piece, absmax.of(i / strips),
+      const int log2 = args.w.blocksize_log2();
+      const Absmax scales = by_task ? Absmax{nullptr, 0, log2} : absmax.of(i / strips);
+      const Task t{piece, scales,
                    begin, min64(strip, args.K - begin),
                    sums,  by_task ? sums + strip * most : nullptr};
       for (int64_t m0 = 0; m0 < piece.M; m0 += Axpy::kMaxRows) {
