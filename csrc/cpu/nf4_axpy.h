@@ -289,7 +289,9 @@ struct NF4Axpy {
     std::memset(t.sums, 0, static_cast<size_t>(t.count * kM) * 4);
     for (int64_t n0 = 0; n0 < args.N; n0 += kRows<kM>) {
       const int64_t valid = min64(kRows<kM>, args.N - n0);
-      if (t.scales) expand_scales(t, n0, valid, kRows<kM>);
+      if constexpr (Axpy::kDecodesAll) {
+        if (t.scales) expand_scales(t, n0, valid, kRows<kM>);
+      }
       const float* slopes = dy + n0 / Axpy::kPart * kM;
       for (int64_t c = 0; c < t.count; c += 64) {
         float* sums = t.sums + c * kM;
