@@ -15,9 +15,12 @@
 namespace peftkern {
 namespace {
 
-constexpr NF4LinearKernels kNF4Linear = {forward_panels<Float32Math>, backward_panels<Float32Math>,
-                                         forward_few<Float32Dots>, backward_few<Float32Axpy>,
-                                         kShortBlocks};
+constexpr NF4LinearKernels kNF4Linear = {forward_panels<Float32Math>,
+                                         backward_panels<Float32Math>,
+                                         forward_few<Float32Dots>,
+                                         backward_few<Float32Axpy>,
+                                         kShortBlocks,
+                                         kAnyCodes};
 constexpr GroupedKernels kGrouped = {grouped::linear<Float32Math, grouped::Float32Tiles>,
                                      grouped::outer<Float32Math, grouped::Float32Tiles>};
 constexpr CpuKernels kIsaKernels = {

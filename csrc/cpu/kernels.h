@@ -31,6 +31,7 @@ struct NF4LinearKernels {
   Product forward_panels, backward_panels;
   Product forward_few, backward_few;  // null in tables of bfloat16: those of float32 for AVX-512
   bool short_blocks;                  // few rows of blocks shorter than 64, and of ones with zeros
+  bool any_codes = false;             // such blocks of NF4 and FP4, too
 };
 
 struct LoraKernels {

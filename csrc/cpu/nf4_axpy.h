@@ -17,27 +17,33 @@ constexpr int64_t kAxpyStrip = 2048;     // columns of a task at most
 constexpr int64_t kAxpySums = 16 << 10;  // floats of a task's sums at most: 64 KiB
 
 // float32 codes: vectors of 64 columns are those of the dot products, in their order. kShort: of
-// blocks of any size, with zeros or without.
+// blocks of any size, with zeros or without; else only where kDecodesAll are there zeros.
 template <bool kShort>
 struct Float32Axpy : Float32Dots<kShort> {
   using Dots = Float32Dots<kShort>;
   using typename Dots::Codes;
   using typename Dots::Vector;
-  static bool serves(const NF4View& w) { return kShort == (w.blocksize < 64 || w.zero); }
+  static bool serves(const NF4View& w) {
+    return kShort == (w.blocksize < 64 || (w.zero && !kDecodesAll));
+  }
   static constexpr int kPart = 1;  // weight rows that a vector holds
-  // kMaxRows: rows of dy that share a decoded weight; kSums: vectors of sums in registers.
+  // kMaxRows: rows of dy that share a decoded weight; kSums: vectors of sums in registers;
+  // kDecodesAll: lookups yield several vectors.
 #if defined(__AVX512F__)
   static constexpr int kMaxRows = 16, kSums = 16;
+  static constexpr bool kDecodesAll = false;
   static Vector broadcast(const float* p) { return _mm512_set1_ps(*p); }
   static Vector subtract(Vector a, Vector b) { return _mm512_sub_ps(a, b); }
   static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
 #elif defined(__AVX2__)
   static constexpr int kMaxRows = 8, kSums = 8;
+  static constexpr bool kDecodesAll = true;
   static Vector broadcast(const float* p) { return _mm256_set1_ps(*p); }
   static Vector subtract(Vector a, Vector b) { return _mm256_sub_ps(a, b); }
   static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
 #else
   static constexpr int kMaxRows = 8, kSums = 8;
+  static constexpr bool kDecodesAll = false;
   static Vector broadcast(const float* p) { return f32_set1(*p); }
   static Vector subtract(const Vector& a, const Vector& b) {
     return f32_fma(b, f32_set1(-1.0f), a);
@@ -48,16 +54,23 @@ struct Float32Axpy : Float32Dots<kShort> {
   struct Weights {
     typename Dots::Weights scaled;
     Vector zero;  // kShort
+    template <bool kZero>
+    Vector code(int v) const {
+      return kZero ? subtract(scaled.code(v), zero) : scaled.code(v);
+    }
     Vector at(int v) const {
-      if (!kShort) return scaled.code(v);
-      return Dots::product(subtract(scaled.code(v), zero), scaled.scale);
+      if (!kShort) return scaled.at(v);
+      return Dots::product(code<true>(v), scaled.scale);
     }
   };
   static Weights weights(const Codes& codes, const NF4View& w, const Absmax& absmax,
                          int64_t element, int64_t, int64_t) {
     Weights out;
     out.scaled = Dots::weights(codes, w.packed + element / 2, absmax.of(element), false);
-    out.zero = kShort && w.zero ? codes.spread(w.zero + (element >> absmax.log2)) : Vector{};
+    const float* zero = w.zero ? w.zero + (element >> absmax.log2) : nullptr;
+    out.zero = Vector{};
+    if (kShort && zero) out.zero = codes.spread(zero);
+    if (!kShort && kDecodesAll && zero) out.zero = broadcast(zero);
     return out;
   }
   // n elements of dy from i on, for weight rows one after the other.
@@ -71,7 +84,9 @@ struct Float32Axpy : Float32Dots<kShort> {
     }
   }
   // Column c of 64 is at this place of their vectors.
-  static int64_t place(int64_t c, bool low_first) { return (c % 8 ^ low_first) * 8 + c / 8; }
+  static int64_t place(int64_t c, bool low_first) {
+    return Dots::place(static_cast<int>(c), low_first);
+  }
 };
 
 template <class Axpy>
@@ -96,7 +111,7 @@ struct NF4Axpy {
     const NF4Piece& piece;
     const Absmax absmax;
     int64_t begin, count;
-    float* sums;
+    float *sums, *scales;  // scales of some rows, or null: they are in absmax
   };
 
   // Weight rows at a time: the more rows of dy, the more sums to load and store for them.
@@ -136,6 +151,135 @@ struct NF4Axpy {
     }
   }
 
+  // Asks for 64 weights of a row, and their scales.
+  template <bool kZero>
+  [[gnu::always_inline]] void prefetch(const Task& t, int64_t element) const {
+    __builtin_prefetch(args.w.packed + element / 2, 0, 2);
+    if (!t.scales) __builtin_prefetch(t.absmax.of(element), 0, 2);
+    if (kZero) __builtin_prefetch(args.w.zero + (element >> t.absmax.log2), 0, 2);
+  }
+
+  // Whether a task makes floats of the bytes of the rows at hand: those of all rows would take a
+  // quarter or a half of the weight's bytes.
+  bool scales_by_task() const { return Axpy::kDecodesAll && args.w.byte_scales(); }
+
+  Absmax row_scales(const Task& t, int64_t n0, int64_t n) const {
+    if (!t.scales) return t.absmax;
+    const int log2 = args.w.blocksize_log2();
+    const int64_t first = ((t.piece.weight + n0 + n) * args.K + t.begin) >> log2;
+    return {t.scales + n * (t.count >> log2), first, log2};
+  }
+  void expand_scales(const Task& t, int64_t n0, int64_t rows, int64_t ahead) const {
+    const int log2 = args.w.blocksize_log2();
+    for (int64_t n = 0; n < rows; ++n) {
+      const int64_t element = (t.piece.weight + n0 + n) * args.K + t.begin;
+      prefetch_scales(args.w, element + ahead * args.K, t.count);
+      const int64_t count = t.count >> log2;
+      expand_absmax(args.w, element >> log2, count, t.scales + n * count);
+    }
+  }
+
+  // The same of all vectors for one row of dy or two, which scales multiply instead of the weights.
+  // Zeros, the same in all vectors, have a sum of their own.
+  template <int kM, bool kZero>
+  void multiply_codes(const Task& t, int64_t n0, int64_t rows, int64_t c, const float* dy,
+                      float* sums) const {
+    constexpr int kV = kVectors / kM;
+    const typename Axpy::Codes own = codes;
+    for (int v0 = 0; v0 < kVectors; v0 += kV) {
+      Vector acc[kV][kM], zeros[kM];
+      for (Vector& sum : zeros) sum = Vector{};
+      for (auto& vector : acc) {
+        for (Vector& sum : vector) sum = Vector{};
+      }
+      int64_t element = (t.piece.weight + n0) * args.K + t.begin + c;
+      for (int64_t n = 0; n < rows; ++n, element += args.K) {
+        const Absmax absmax = row_scales(t, n0, n);
+        const auto weights = Axpy::weights(own, args.w, absmax, element, args.K, rows - n);
+        if (v0 == 0) prefetch<kZero>(t, element + kRows<kM> * args.K);
+        Vector slope[kM];
+        for (int m = 0; m < kM; ++m) {
+          slope[m] = Axpy::product(weights.scaled.scale, Axpy::broadcast(dy + n * kM + m));
+          if (kZero) zeros[m] = Axpy::fma(weights.zero, slope[m], zeros[m]);
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < kV; ++v) {
+          const Vector code = weights.template code<false>(v0 + v);
+          for (int m = 0; m < kM; ++m) acc[v][m] = Axpy::fma(code, slope[m], acc[v][m]);
+        }
+      }
+      for (auto& vector : acc) {
+        for (int m = 0; kZero && m < kM; ++m) vector[m] = Axpy::subtract(vector[m], zeros[m]);
+      }
+      add_sums<kM, kM, kV>(acc, sums + v0 * kM * kLanes);
+    }
+  }
+
+  // kP of kM rows' sums of kV vectors.
+  template <int kM, int kP, int kV>
+  static void add_sums(const Vector (&acc)[kV][kP], float* sums) {
+    for (int v = 0; v < kV; ++v) {
+      for (int m = 0; m < kP; ++m) {
+        float* sum = sums + (v * kM + m) * kLanes;
+        Axpy::store(sum, Axpy::add(Axpy::load(sum), acc[v][m]));
+      }
+    }
+  }
+
+  // 64 columns of so many weight rows, in their vectors' order.
+  template <bool kZero>
+  void decode(const Task& t, int64_t n0, int64_t rows, int64_t c, int64_t ahead, float* out) const {
+    const typename Axpy::Codes own = codes;
+    int64_t element = (t.piece.weight + n0) * args.K + t.begin + c;
+    for (int64_t n = 0; n < rows; ++n, element += args.K, out += 64) {
+      const Absmax absmax = row_scales(t, n0, n);
+      const auto weights = Axpy::weights(own, args.w, absmax, element, args.K, rows - n);
+      prefetch<kZero>(t, element + ahead * args.K);
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) {
+        const Vector code = weights.template code<kZero>(v);
+        Axpy::store(out + v * kLanes, Axpy::product(code, weights.scaled.scale));
+      }
+    }
+  }
+
+  // Decoded rows times kM rows of dy.
+  template <int kM>
+  void multiply_decoded(const float* decoded, int64_t rows, const float* dy, float* sums) const {
+    constexpr int kP = kM % 2 ? 3 : 2, kV = 4;
+    for (int v0 = 0; v0 < kVectors; v0 += kV) {
+      for (int m0 = 0; m0 < kM; m0 += kP) {
+        Vector acc[kV][kP];
+        for (auto& vector : acc) {
+          for (Vector& sum : vector) sum = Vector{};
+        }
+        for (int64_t n = 0; n < rows; ++n) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kV; ++v) {
+            const Vector weight = Axpy::load(decoded + n * 64 + (v0 + v) * kLanes);
+            for (int m = 0; m < kP; ++m) {
+              acc[v][m] = Axpy::fma(weight, Axpy::broadcast(dy + n * kM + m0 + m), acc[v][m]);
+            }
+          }
+        }
+        add_sums<kM, kP, kV>(acc, sums + (v0 * kM + m0) * kLanes);
+      }
+    }
+  }
+
+  // 64 columns of kRows weight rows or fewer.
+  template <int kM, bool kZero>
+  void multiply_all(const Task& t, int64_t n0, int64_t rows, int64_t c, const float* dy,
+                    float* sums) const {
+    if constexpr (kM <= 2) {
+      multiply_codes<kM, kZero>(t, n0, rows, c, dy, sums);
+    } else {
+      float decoded[kRows<kM> * 64];
+      decode<kZero>(t, n0, rows, c, kRows<kM>, decoded);
+      multiply_decoded<kM>(decoded, rows, dy, sums);
+    }
+  }
+
   // dx[m0 : m0 + rows, the columns of the task], rows <= kM.
   template <int kM>
   void tile(const Prepared& p, const Task& t, int64_t m0, int64_t rows) const {
@@ -145,10 +289,19 @@ struct NF4Axpy {
     std::memset(t.sums, 0, static_cast<size_t>(t.count * kM) * 4);
     for (int64_t n0 = 0; n0 < args.N; n0 += kRows<kM>) {
       const int64_t valid = min64(kRows<kM>, args.N - n0);
+      if constexpr (Axpy::kDecodesAll) {
+        if (t.scales) expand_scales(t, n0, valid, kRows<kM>);
+      }
+      const float* slopes = dy + n0 / Axpy::kPart * kM;
       for (int64_t c = 0; c < t.count; c += 64) {
-        for (int v = 0; v < kVectors; v += kV) {
-          multiply<kM, kV>(t, n0, valid, c, dy + n0 / Axpy::kPart * kM, v,
-                           t.sums + (c + v * kLanes) * kM);
+        float* sums = t.sums + c * kM;
+        if constexpr (Axpy::kDecodesAll) {
+          args.w.zero ? multiply_all<kM, true>(t, n0, valid, c, slopes, sums)
+                      : multiply_all<kM, false>(t, n0, valid, c, slopes, sums);
+        } else {
+          for (int v = 0; v < kVectors; v += kV) {
+            multiply<kM, kV>(t, n0, valid, c, slopes, v, sums + v * kLanes * kM);
+          }
         }
       }
     }
@@ -218,18 +371,25 @@ struct NF4Axpy {
     Scratch dy(wave.rows * parts * 4);
     const Prepared p{dy.floats(), parts};
     parallel_for(args.threads, wave.rows, [&](int64_t i, int) { prepare(p, i); });
-    const WaveAbsmax absmax(args, wave);
+    const bool by_task = scales_by_task();
+    const NF4Wave expanded{wave.pieces, by_task ? 0 : wave.count, wave.rows};
+    const WaveAbsmax absmax(args, expanded);
 
     const int64_t most = padded(min64(Axpy::kMaxRows, wave.pieces[0].M));
     const int64_t share = round_up(ceil_div(wave.count * args.K, 2 * args.threads), 128);
     const int64_t fit = round_up(min64(kAxpyStrip, kAxpySums / most), 128);
     const int64_t strip = min64(share, fit), strips = ceil_div(args.K, strip);
-    Scratch sums(args.threads * strip * most * 4);
+    const int64_t per_thread = strip * most + (by_task ? kRows<8> * strip / args.w.blocksize : 0);
+    Scratch scratch(args.threads * per_thread * 4);
     parallel_for(args.threads, wave.count * strips, [&](int64_t i, int thread) {
       const NF4Piece& piece = wave.pieces[i / strips];
       const int64_t begin = i % strips * strip;
-      const Task t{piece, absmax.of(i / strips), begin, min64(strip, args.K - begin),
-                   sums.floats() + thread * strip * most};
+      float* sums = scratch.floats() + thread * per_thread;
+      const int log2 = args.w.blocksize_log2();
+      const Absmax scales = by_task ? Absmax{nullptr, 0, log2} : absmax.of(i / strips);
+      const Task t{piece, scales,
+                   begin, min64(strip, args.K - begin),
+                   sums,  by_task ? sums + strip * most : nullptr};
       for (int64_t m0 = 0; m0 < piece.M; m0 += Axpy::kMaxRows) {
         tile_of(p, t, m0, min64(Axpy::kMaxRows, piece.M - m0));
       }

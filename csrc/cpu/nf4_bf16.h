@@ -205,6 +205,7 @@ struct BFloat16Dots {
 template <bool kShort>
 struct BFloat16Axpy {
   static constexpr int kPart = 2, kMaxRows = 16, kSums = 16;
+  static constexpr bool kDecodesAll = false;
   using Dots = BFloat16Dots<false>;
   using Vector = __m512;
   static int unit_log2(const NF4View& w) { return min64(w.blocksize_log2(), 6); }

@@ -9,7 +9,7 @@
 //   rows of x                 1    4    8   of which multiply-adds
 //   AVX512-BF16              24   39   67   4 a row
 //   AVX-512                  38   72  113   8 a row
-//   AVX2                    108  174  238   16 a row
+//   AVX2                     92  160  242   16 a row
 #pragma once
 
 #include "nf4_panel.h"
@@ -24,8 +24,11 @@ constexpr int64_t kDotCache = 16 << 10;  // bytes of x in a pass
 
 // float32 codes in a group of 64 weights. Shifting eight packed dwords by one amount yields every
 // eighth weight, so element 8 l + j of a group goes to place 8 j + l; where low nibbles come first,
-// those of odd and even j change places. kShort: of blocks of any size, whose scales multiply the
-// weights that they belong to; else a group is one block's, and a table holds its values.
+// those of odd and even j change places. AVX2 looks up the bytes of codes, 32 at once, and unpacks
+// them: vpermps, of which eight values would take two, costs Zen two operations and four lookups'
+// time. Before it, each half's two quarters are interleaved, so that a lane has one block's weights
+// in all vectors. kShort: of blocks of any size, whose scales multiply the weights that they belong
+// to, or sums of their products; else a group is one block's.
 template <bool kShort>
 struct Float32Dots {
   static constexpr int64_t kColumns = 64;
@@ -39,9 +42,16 @@ struct Float32Dots {
                          float* out) {
     float values[64];
     for (int j = 0; j < 64; j += 16) f32_store(values + j, load_any(in, dtype, i + j, 16));
-    for (int l = 0; l < 8; ++l) {
-      for (int j = 0; j < 8; ++j) out[8 * (j ^ int{low_first}) + l] = values[8 * l + j];
-    }
+    for (int j = 0; j < 64; ++j) out[place(j, low_first)] = values[j];
+  }
+
+  // Column c of a group is at this place of its vectors.
+  static int place(int c, bool low_first) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return ((c % 2 ^ low_first) * 4 + c / 4 % 4) * 8 + c / 16 * 2 + c / 2 % 2;
+#else
+    return (c % 8 ^ low_first) * 8 + c / 8;
+#endif
   }
 
   // Which of a group's scales, one a unit of weights, belongs to a packed dword's.
@@ -103,8 +113,8 @@ struct Float32Dots {
   }
 #elif defined(__AVX2__)
   using Vector = __m256;
-  static constexpr int weight_rows(int m) { return m <= 3 ? 2 : 1; }
-  static constexpr bool factored(int) { return false; }
+  static constexpr int weight_rows(int) { return 1; }
+  static constexpr bool factored(int) { return true; }
   static Vector load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, Vector v) { _mm256_storeu_ps(p, v); }
   static Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
@@ -113,10 +123,16 @@ struct Float32Dots {
   static float sum(Vector v) { return f32_sum({v, _mm256_setzero_ps()}); }
 
   struct Codes {
-    F32x16 values;
+    __m256i bytes[4];  // byte k of each code, in both halves
     __m256i place;
     __m128i valid;
-    Codes(const float* codes, int log2) : values(f32_load(codes)) {
+    Codes(const float* codes, int log2) {
+      for (int k = 0; k < 4; ++k) {
+        uint8_t byte[16];
+        for (int i = 0; i < 16; ++i) byte[i] = static_cast<uint8_t>(float_bits(codes[i]) >> 8 * k);
+        bytes[k] =
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(byte)));
+      }
       int32_t places[8], used[4];
       for (int i = 0; i < 8; ++i) places[i] = scale_of(i, log2);
       for (int i = 0; i < 4; ++i) used[i] = i < 64 >> log2 ? -1 : 0;
@@ -134,25 +150,37 @@ struct Float32Dots {
   };
 
   struct Weights {
-    __m256i words;
-    F32x16 table;
+    const Codes* codes;
+    __m256i high, low;  // nibbles
     __m256 scale;
-    Vector code(int j) const {
-      const int shift = j / 2 * 8 + (j % 2 ? 0 : 4);
-      const __m256i code = _mm256_srli_epi32(words, shift);
-      const __m256 low = _mm256_permutevar8x32_ps(table.a, code);
-      const __m256 high = _mm256_permutevar8x32_ps(table.b, code);
-      return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(words, 28 - shift)));
+    Vector code(int v) const {
+      const __m256i nibbles = v < 4 ? high : low;
+      const auto byte = [&](int k) { return _mm256_shuffle_epi8(codes->bytes[k], nibbles); };
+      const __m256i b0 = byte(0), b1 = byte(1), b2 = byte(2), b3 = byte(3);
+      const bool upper = v % 4 > 1;
+      const __m256i lows = upper ? _mm256_unpackhi_epi8(b0, b1) : _mm256_unpacklo_epi8(b0, b1);
+      const __m256i highs = upper ? _mm256_unpackhi_epi8(b2, b3) : _mm256_unpacklo_epi8(b2, b3);
+      return _mm256_castsi256_ps(v % 2 ? _mm256_unpackhi_epi16(lows, highs)
+                                       : _mm256_unpacklo_epi16(lows, highs));
     }
-    Vector at(int j) const { return kShort ? _mm256_mul_ps(code(j), scale) : code(j); }
+    Vector at(int v) const { return _mm256_mul_ps(code(v), scale); }
   };
   // Where kShort and padded, four scales can be read.
   static Weights weights(const Codes& codes, const uint8_t* packed, const float* scales,
                          bool padded = true) {
-    const auto spread = [&] { return padded ? codes.spread_padded(scales) : codes.spread(scales); };
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-    if (kShort) return {words, codes.values, spread()};
-    return {words, f32_mul(codes.values, f32_set1(*scales)), codes.values.a};
+    const __m256i order = _mm256_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15, 0,
+                                           1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15);
+    const __m256i nibble = _mm256_set1_epi8(15);
+    const __m256i bytes =
+        _mm256_shuffle_epi8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)), order);
+    Weights out;
+    out.codes = &codes;
+    out.high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+    out.low = _mm256_and_si256(bytes, nibble);
+    out.scale = !kShort  ? _mm256_set1_ps(*scales)
+                : padded ? codes.spread_padded(scales)
+                         : codes.spread(scales);
+    return out;
   }
 #else
   using Vector = F32x16;

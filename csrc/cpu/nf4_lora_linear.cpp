@@ -47,10 +47,12 @@ constexpr int64_t kWaveBlocks = 4 << 20;         // scales that a call expands, 
 constexpr int64_t kPairRows = 32, kFewRows = 8;  // what rows are packed by, in panels or few
 
 // The kernels for few rows read 64 weights from a multiple of 64 on, of one block, or where there
-// are such kernels of shorter ones whose codes bfloat16 holds; other weights go through panels.
+// are such kernels of shorter ones, of any codes or of those that bfloat16 holds; other weights go
+// through panels.
 bool whole_groups(const NF4LinearKernels& kernels, const NF4PieceArgs& args) {
   const bool one = args.w.blocksize >= 64 && !args.w.zero;
-  return args.K % 64 == 0 && (one || (kernels.short_blocks && args.w.low_first()));
+  const bool codes = kernels.any_codes || args.w.low_first();
+  return args.K % 64 == 0 && (one || (kernels.short_blocks && codes));
 }
 
 // Rows at the end of a group that go to the kernels for few rows: all of a small one, and of

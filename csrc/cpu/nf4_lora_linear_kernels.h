@@ -439,6 +439,11 @@ constexpr bool kShortBlocks = true;
 #else
 constexpr bool kShortBlocks = false;
 #endif
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kAnyCodes = true;
+#else
+constexpr bool kAnyCodes = false;  // not measured
+#endif
 template <template <bool> class Dots>
 void forward_few(const NF4PieceArgs& args, const NF4Wave& wave) {
   if (kShortBlocks && Dots<true>::serves(args.w)) {

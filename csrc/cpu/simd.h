@@ -223,12 +223,16 @@ inline float f32_sum(F32x16 x) {
   h = _mm_add_ps(h, _mm_movehl_ps(h, h));
   return _mm_cvtss_f32(_mm_add_ss(h, _mm_movehdup_ps(h)));
 }
+// A call of memcpy takes longer than most of what surrounds these.
 inline F32x16 f32_load_n(const float* p, int n) {
-  float t[16] = {};
-  std::memcpy(t, p, static_cast<size_t>(n) * 4);
-  return f32_load(t);
+  static constexpr int32_t kUsed[32] = {-1, -1, -1, -1, -1, -1, -1, -1,
+                                        -1, -1, -1, -1, -1, -1, -1, -1};
+  const __m256i* used = reinterpret_cast<const __m256i*>(kUsed + 16 - n);
+  return {_mm256_maskload_ps(p, _mm256_loadu_si256(used)),
+          _mm256_maskload_ps(p + 8, _mm256_loadu_si256(used + 1))};
 }
 inline void f32_store_n(float* p, F32x16 x, int n) {
+  if (n == 16) return f32_store(p, x);
   float t[16];
   f32_store(t, x);
   std::memcpy(p, t, static_cast<size_t>(n) * 4);

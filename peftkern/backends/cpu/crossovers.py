@@ -31,8 +31,8 @@ COUNTED = {"dense": 1 << 19, "dora": 1 << 17}
 # of x, dot products, which decode the weight once for every eight rows, take less time than panels,
 # which decode it once and multiply sixteen rows at a time; up to so many rows of dy, sums of weight
 # rows, for which no tiles are written. Measured on a Xeon with AMX, 2026-11, 2048x2048; AMX itself
-# forward on 2048x4096.
-FEW_ROWS = {"few_rows": (24, 24, 24, 28, 3), "few_rows_backward": (12, 8, 16, 6, 4)}
+# forward on 2048x4096; AVX2 on an EPYC 7003, 4096x4096, where other formats than NF4 gain most.
+FEW_ROWS = {"few_rows": (24, 32, 24, 28, 3), "few_rows_backward": (12, 20, 16, 6, 4)}
 _AVX512 = 2  # serves float32 on those after it, too
 
 # Multiply-adds from which a patched layer in training takes less time than PEFT's where torch has
