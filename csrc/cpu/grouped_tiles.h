@@ -9,6 +9,25 @@ namespace peftkern {
 namespace {
 namespace grouped {
 
+constexpr int64_t kProduct = 4 * kTile;  // floats of a product of two pairs
+
+// How many rows tiles two by two products take: one for up to sixteen rows.
+template <class Math>
+void multiply(const uint32_t* rows, const uint32_t* lanes, float* c, int64_t steps, bool first,
+              int64_t count, bool two_lanes) {
+  if (two_lanes) {
+    Math::template multiply<2>(rows, lanes, c, steps, first, min64(count, kPairSide));
+  } else {
+    Math::template multiply<1>(rows, lanes, c, steps, first, min64(count, kPairSide));
+  }
+}
+
+inline float* quadrant(float* c, int64_t row, int64_t lane) {
+  return c + (row / kSide * 2 + lane / kSide) * kTile;
+}
+
+inline int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 // Elements (group of the chunk, rank0 + i, column0 + j), i and j < 16, as float32; zero past r and
 // columns.
 inline void fetch_block(const FactorStack& f, const GroupedChunk& chunk, int64_t rank0,

@@ -5,6 +5,7 @@
 
 #include "grouped_bf16.h"
 #include "grouped_linear_kernels.h"
+#include "grouped_outer_kernels.h"
 #include "kernels.h"
 #include "nf4_bf16.h"
 #include "nf4_lora_linear_kernels.h"

@@ -1,6 +1,7 @@
 // NF4 matrix products for AVX512-BF16: pairs of bfloat16 multiplied into float32 (vdpbf16ps).
 #include "grouped_bf16.h"
 #include "grouped_linear_kernels.h"
+#include "grouped_outer_kernels.h"
 #include "kernels.h"
 #include "nf4_bf16.h"
 #include "nf4_lora_linear_kernels.h"

@@ -4,6 +4,7 @@
 #include "adalora_kernels.h"
 #include "dora_kernels.h"
 #include "grouped_linear_kernels.h"
+#include "grouped_outer_kernels.h"
 #include "kernels.h"
 #include "lora_linear_kernels.h"
 #include "low_rank_svd_kernels.h"

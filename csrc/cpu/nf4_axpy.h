@@ -65,7 +65,7 @@ struct Float32Axpy : Float32Dots<kShort> {
   };
   static Weights weights(const Codes& codes, const NF4View& w, const Absmax& absmax,
                          int64_t element, int64_t, int64_t) {
-    Weights out;
+    Weights out;  // gcc 12 copies an aggregate of it in halves, which no store forwards
     out.scaled = Dots::weights(codes, w.packed + element / 2, absmax.of(element), false);
     const float* zero = w.zero ? w.zero + (element >> absmax.log2) : nullptr;
     out.zero = Vector{};
@@ -143,12 +143,7 @@ struct NF4Axpy {
         }
       }
     }
-    for (int v = 0; v < kV; ++v) {
-      for (int m = 0; m < kM; ++m) {
-        float* sum = sums + (v * kM + m) * kLanes;
-        Axpy::store(sum, Axpy::add(Axpy::load(sum), acc[v][m]));
-      }
-    }
+    add_sums<kM, kM, kV>(acc, sums);
   }
 
   // Asks for 64 weights of a row, and their scales.
@@ -384,12 +379,12 @@ struct NF4Axpy {
     parallel_for(args.threads, wave.count * strips, [&](int64_t i, int thread) {
       const NF4Piece& piece = wave.pieces[i / strips];
       const int64_t begin = i % strips * strip;
+      const int64_t count = min64(strip, args.K - begin);
       float* sums = scratch.floats() + thread * per_thread;
+      float* scales = by_task ? sums + strip * most : nullptr;
       const int log2 = args.w.blocksize_log2();
-      const Absmax scales = by_task ? Absmax{nullptr, 0, log2} : absmax.of(i / strips);
-      const Task t{piece, scales,
-                   begin, min64(strip, args.K - begin),
-                   sums,  by_task ? sums + strip * most : nullptr};
+      const Absmax own = by_task ? Absmax{nullptr, 0, log2} : absmax.of(i / strips);
+      const Task t{piece, own, begin, count, sums, scales};
       for (int64_t m0 = 0; m0 < piece.M; m0 += Axpy::kMaxRows) {
         tile_of(p, t, m0, min64(Axpy::kMaxRows, piece.M - m0));
       }

@@ -115,25 +115,26 @@ class TrainingBench:
         if name in self.processes:
             self.processes.pop(name).stop()
 
-    def _ask(self, name: str, doing: str, do: str, **more: Any) -> dict | None:
-        """Return the answer; None if there is none, which ends the side with a reason, or PEFT's
-        with a lower bound of a step."""
+    def _ask(
+        self, name: str, doing: str, do: str, until: float | None = None, **more: Any
+    ) -> dict | None:
+        """Return the answer; None if there is none, which ends the side with a reason.
+
+        Args: until, a deadline of these steps alone: a lower bound of a step is the reason then.
+        """
         row = self.rows[name]
         if name not in self.processes:
             return None
         share = (time.monotonic() - self.started) / self.budget
         self.tick(f"{name}: {doing}", min(1.0, share))
-        began, deadline = time.monotonic(), self.deadline
-        bounded = name == PEFT and do == "losses"
-        if bounded:
-            deadline = (began + deadline) / 2
+        began = time.monotonic()
         try:
-            return self.processes[name].ask(deadline, doing, do, **more)
+            return self.processes[name].ask(until or self.deadline, doing, do, **more)
         except WorkerSlowError:
-            if bounded:
-                row.at_least = (time.monotonic() - began) / more["steps"]
-            else:
+            if until is None:
                 row.failed = f"{self.budget:g} s ended while {doing} (--budget)"
+            else:
+                row.at_least = (time.monotonic() - began) / more["steps"]
         except WorkerError as error:
             row.failed = str(error)
         self._stop(name)
@@ -143,14 +144,16 @@ class TrainingBench:
         """Build a side, let it run the compared steps twice, measure its memory; return the losses
         of the first time, with rounding errors if it is PEFT's. A side without another to compare
         with runs one step."""
-        asked = {"step": dataclasses.asdict(self.job.step), "threads": self.threads}
+        asked: dict[str, Any] = {"threads": self.threads}
+        asked["step"] = dataclasses.asdict(self.job.step)
         self._ask(name, "building the model", "start", **asked)
         alone = self.rows[PEFT].at_least is not None
         steps = 1 if alone else min(COMPARED, self.job.step.steps)
         doing = "running the first step" if alone else f"running the first {steps} steps"
-        found = first = self._ask(name, doing, "losses", steps=steps, noise=name == PEFT)
+        until = (time.monotonic() + self.deadline) / 2 if name == PEFT else None
+        found = first = self._ask(name, doing, "losses", until, steps=steps, noise=name == PEFT)
         if not alone:
-            found = self._ask(name, doing, "losses", steps=steps)
+            found = self._ask(name, doing, "losses", until, steps=steps)
         memory = self._ask(name, "measuring its memory", "memory")
         if found is not None:
             self.losses[name], self.resolution = found["losses"], found["resolution"]
