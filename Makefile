@@ -1,8 +1,10 @@
 # make demo      fine-tune one model with PEFT and with peftkern
-# make test      the native test under sanitizers, then pytest; `make pytest`, `make sanitize`: parts
-# make test-more `make test`, and more cases of what it tests
-# make test-long the widest sweeps, which both leave out: every shape on every instruction set,
-#                ten times the fuzz of `make test`
+# make test      pytest, in ten minutes: all but whole programs (the marker `slow`)
+# make test-all  what CI runs: pytest with them, beside the native test under sanitizers;
+#                `make pytest`, `make sanitize`: parts
+# make test-more `make test-all`, and more cases of what it tests
+# make test-long the widest sweeps, which all of these leave out: every shape on every instruction
+#                set, ten times the fuzz of `make test`
 # make test-deepspeed
 #                the tests of DeepSpeed, which is installed beside .venv and for them alone
 # make site      the documentation, build/site/index.html: docs/, and the reference from docstrings
@@ -29,7 +31,7 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2
 TESTS ?=
-SELECT ?= -m "not long and not more"
+SELECT ?= -m "not long and not more$(if $(TESTS),, and not slow)"
 ISA ?=
 GPU_PYTHON ?= python3
 PART ?= all
@@ -46,18 +48,18 @@ CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 
 GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
 
-.PHONY: demo test pytest test-long test-as bench docs aot cuda gpu tune wheel lint format sanitize build clean
+.PHONY: demo test test-all test-more test-long pytest test-as bench docs aot cuda gpu tune wheel lint format sanitize build clean
 
 demo: build
 	$(BIN)/python bench/studies/qlora_finetune.py
 
-# Side by side: one takes the processors while the other waits for a process, a file or its last test.
-test: $(INSTALLED)
-	$(MAKE) --jobs=2 sanitize pytest
+test: pytest
 
-.PHONY: test-more
-test-more:
-	$(MAKE) test SELECT='-m "not long" --hypothesis-profile=more'
+# Side by side: one takes the processors while the other waits for a process, a file or its last test.
+test-all: SELECT = -m "not long and not more"
+test-more: SELECT = -m "not long" --hypothesis-profile=more
+test-all test-more: $(INSTALLED)
+	$(MAKE) --jobs=2 sanitize pytest SELECT='$(SELECT)'
 
 # Two processes share the cores, so idle OpenMP threads must sleep instead of spinning. Tests start
 # hundreds of processes, each of which would compile the package again were bytecode not kept.

@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -110,15 +111,40 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+# Whole programs, which `make test` leaves to `make test-all`: scripts, commands with processes of
+# their own, builds, ranks of a process group, whole models under a training loop.
+PROGRAMS = (
+    "bench",
+    "cli/test_bench.py",
+    "cli/test_plan.py",
+    "cuda/test_build.py",
+    "integrations/engines",
+    "integrations/peft/test_distributed.py",
+    "integrations/transformers/test_adalora_resume.py",
+    "kernels/test_aot.py",
+    "project/test_compilers.py",
+    "project/test_examples.py",
+    "project/test_packaging.py",
+    "tools/bench/test_training_step.py",
+    "tools/test_plan_devices.py",
+    "tools/test_plan_experts.py",
+    "tools/test_tune.py",
+)
 _ISAS = cpu.cpu_isas() or ["no native library"]
 _BEST = {"backend": "cpu", **dict.fromkeys(("every_backend", "every_kernel", "isa"), _ISAS[-1])}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark `more` what a test has beyond every value of its parameters; see `grids.covering`."""
+    """Mark whole programs `slow`, and `more` what a test has beyond every value of its parameters.
+
+    Which cases have every value: `grids.covering`.
+    """
+    programs = [Path(__file__).parent / path for path in PROGRAMS]
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
+        if any(item.path.is_relative_to(program) for program in programs):
+            item.add_marker(pytest.mark.slow)
         marks = {mark.name for mark in item.iter_markers()}
         if hasattr(item, "callspec") and not {"more", "long"} & marks:
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)

@@ -102,7 +102,6 @@ def test_an_unknown_table_is_an_error(emulated, monkeypatch):
         emulated.decode("more", 1, CPU)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(NVCC is None, reason="nvcc, CUDA's compiler, is not installed")
 def test_tables_compile_for_an_h200_without_spills(tmp_path):
     path = tmp_path / "lut.so"

@@ -149,6 +149,7 @@ def test_missing_peers_are_not_wrong(bare):
     assert answer.keys() == {"healthy", "tested_seconds", *FIELDS}
 
 
+@pytest.mark.slow
 def test_broken_and_old_peers_are_wrong_and_nothing_fails(bare, tmp_path):
     add_package(bare, "peft", "0.16.9", "")
     add_package(bare, "transformers", "9.0", "import no_such_module")

@@ -151,6 +151,7 @@ def limited() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["version", "explain --help", "explain lora_linear 2x3x4 --json"])
 def test_output_that_cannot_be_written_is_one_line(words, tmp_path):
     command = [sys.executable, "-m", "peftkern", *words.split()]

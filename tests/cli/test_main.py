@@ -78,6 +78,7 @@ EXAMPLES = [name for name, function in COMMANDS.items() if "Example:" in functio
 assert {"bench", "explain", "merge", "monitor", "plan", "quantize", "tune"} < set(EXAMPLES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
     """`bench` and `tune` are told apart from a run of minutes, which has tests of its own."""
@@ -184,6 +185,7 @@ print([main(arguments.split()) for arguments in sys.argv[1:]])
 """
 
 
+@pytest.mark.slow
 def test_what_needs_an_extra_says_so_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     commands = ["bench --model llama3.2-1b", f"tune --model {tmp_path}", "plan llama3.2-1b"]

@@ -247,6 +247,7 @@ def dies_at_its_third_file(arguments: list[str]) -> None:
     main(arguments)
 
 
+@pytest.mark.slow
 def test_stopped_by_a_signal_it_goes_on(tmp_path, capsys):
     """Twice: by Ctrl-C, then, further on, killed."""
     source, options = save_llama(tmp_path / "src", torch.float32), ["--shard-size", "10KB"]

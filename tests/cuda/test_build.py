@@ -47,7 +47,6 @@ def report(request, tmp_path_factory) -> tuple[str, str]:
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_no_kernel_spills_or_has_a_stack(report):
     arch, found = report[0], rows(report[1])
     files = {name.split("/")[1] for name in found if name.startswith(f"sm_{arch}/")}
@@ -58,7 +57,6 @@ def test_no_kernel_spills_or_has_a_stack(report):
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_committed_report_is_of_these_kernels(report):
     (arch, text), committed = report, cuda_resources.REPORT.read_text(encoding="utf-8")
     known = {n: row for n, row in rows(committed).items() if n.startswith(f"sm_{arch}/")}
@@ -174,7 +172,6 @@ for call in (lambda: m.nf4_quantize(0, 0, 0, -1, 64, 0, 0, 0, 0),
 
 
 @needs_nvcc
-@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without a GPU")
 def test_module_builds_without_a_warning_and_loads_without_a_driver():
     folder = ROOT / "build" / "cuda_test"

@@ -193,6 +193,7 @@ def test_pefts_fold_over_served_experts_is_pefts():
     assert isinstance(model.base_model.model.model.layers[0].mlp.experts.get_param(), NF4Stack)
 
 
+@pytest.mark.slow
 def test_a_pickled_model_runs_in_another_process(tmp_path):
     """Where nothing has named our implementation yet."""
     model = quantized("Qwen3Moe")

@@ -36,6 +36,7 @@ def run_compiled(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_calls_of_a_layer_are_few(tmp_path):
     path = tmp_path / "host.json"
     run_compiled("bench/bench_host_time.py", "--seconds=0.01", f"--json={path}")

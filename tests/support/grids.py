@@ -1,4 +1,4 @@
-"""Grids of cases, thinned for `make test`, less for CI; `make test-long` runs all of them."""
+"""Grids of cases, thinned for `make test`; `make test-long` runs all of them."""
 
 from __future__ import annotations
 

@@ -390,11 +390,13 @@ print("served")
 """
 
 
+@pytest.mark.slow
 def test_without_native_modules_torch_serves():
     """As on Windows and macOS."""
     assert "served" in run_code(WITHOUT_NATIVE_MODULES)
 
 
+@pytest.mark.slow
 def test_patch_works_without_bitsandbytes(tmp_path):
     code = (
         "import torch, peftkern, importlib.util\n"
