@@ -85,9 +85,10 @@ def merge(
     force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Merge adapters into a safetensors checkpoint. Peak memory: panels of rows and the adapters;
-    of 4 bits, token rows, DoRA of embeddings and stored tables a whole weight, of experts one, for
-    each thread.
+    """Merge adapters into a safetensors checkpoint.
+
+    Peak memory: panels of rows and the adapters; of 4 bits, token rows, DoRA of embeddings and
+    stored tables a whole weight, of experts one, for each thread.
 
     The bits are those of PEFT's merge_and_unload where that is right; tied embeddings are untied if
     an adapter changes one of them. Into 4 bits, the update of a QLoRA adapter is lost for the most

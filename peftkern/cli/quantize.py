@@ -82,13 +82,13 @@ def quantize(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a safetensors checkpoint to 4 bits. Peak memory: about one file.
+    """Quantize a safetensors checkpoint to 4 bits.
 
-    DST loads with transformers' from_pretrained: in nf4 and fp4 with bitsandbytes installed, nf4
-    experts after `from peftkern.integrations.transformers import NF4ExpertsConfig`; gpt-oss in
-    mxfp4 as OpenAI ships it. Linear layers in mxfp4, nvfp4 and int4, for which there is no
-    standard, are in peftkern's own layout and load after `from peftkern.integrations.transformers
-    import BlockLinearConfig`.
+    Peak memory: about one file. DST loads with transformers' from_pretrained: in nf4 and fp4 with
+    bitsandbytes installed, nf4 experts after `from peftkern.integrations.transformers import
+    NF4ExpertsConfig`; gpt-oss in mxfp4 as OpenAI ships it. Linear layers in mxfp4, nvfp4 and int4,
+    for which there is no standard, are in peftkern's own layout and load after `from
+    peftkern.integrations.transformers import BlockLinearConfig`.
 
     The linear layers that transformers itself would quantize are in 4 bits, and experts in nf4, of
     gpt-oss in mxfp4, too; all else is copied, tokenizer and sub-folders included, but for weights
