@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+from folders import RESULTS, slug
 
 from peftkern.tools.bench import machine
 from peftkern.tools.bench.record import OURS, Record
@@ -23,7 +24,7 @@ from peftkern.tools.bench.rows import Row, case_record, new_record
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="bench_demo.py")
-    parser.add_argument("--out", type=Path, default=machine.ROOT / "bench" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     args, argv = parser.parse_known_args(argv)
     environment = machine.describe(torch.get_num_threads())
     script = machine.ROOT / "bench" / "studies" / "qlora_finetune.py"
@@ -34,7 +35,7 @@ def main(argv: list[str]) -> int:
         if done.returncode != 0:
             return done.returncode
         found = json.loads(path.read_text())
-    target = args.out / machine.slug(environment) / "demo.json"
+    target = args.out / slug(environment) / "demo.json"
     elapsed = time.monotonic() - began
     command = shlex.join(["python", "bench/bench_demo.py", *argv])
     record = as_record(found, environment, command=command, elapsed_s=elapsed)

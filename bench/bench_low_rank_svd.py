@@ -31,9 +31,11 @@ from torch import Tensor
 from peftkern.backends.cuda.low_rank_svd import JACOBI_SWEEPS, jacobi_svd
 from peftkern.backends.cuda.module import refusal_device
 from peftkern.backends.device import triton_interpreted
-from peftkern.tools.bench import low_rank_svd
+from peftkern.functional.low_rank_svd import low_rank_svd as ours_out
+from peftkern.tools.bench.adalora import ADDRESSES
 from peftkern.tools.bench.base_layers import Layer, Tensors
 from peftkern.tools.bench.cases import Problem
+from peftkern.tools.bench.low_rank_svd import SVD as Parts
 from peftkern.tools.bench.low_rank_svd import WAITS, build_by, composition, named
 from peftkern.tools.bench.providers import on_backend
 from peftkern.tools.bench.record import OURS
@@ -63,17 +65,54 @@ def gram_composition(B: Tensor, A: Tensor, vectors: bool) -> tuple[Tensor | None
     return B @ ((P_B / root_B) @ U), S, ((P_A / root_A) @ V).mT @ A
 
 
-def gesvda(B: Tensor, A: Tensor, vectors: bool) -> low_rank_svd.SVD:
-    return composition(
-        B, A, vectors, "gesvda" if B.is_cuda else None
-    )  # torch has it on a GPU alone
+def gesvda(B: Tensor, A: Tensor, vectors: bool) -> Parts:
+    driver = "gesvda" if B.is_cuda else None  # torch has it on a GPU alone
+    return composition(B, A, vectors, driver)
+
+
+def from_lists(B: list[Tensor], A: list[Tensor], vectors: bool) -> Parts:
+    return composition(torch.stack(B), torch.stack(A), vectors)
+
+
+def composition_out(B: Tensor, A: Tensor, out: list[Tensor]) -> Parts:
+    """Compose the SVD in the memory that `room` has made."""
+    Q_B, R_B, Q_A, R_A, core, left, S, right, U, Vh = out
+    torch.linalg.qr(B, out=(Q_B, R_B))
+    torch.linalg.qr(A.mT, out=(Q_A, R_A))
+    torch.matmul(R_B, R_A.mT, out=core)
+    torch.linalg.svd(core, out=(left, S, right))
+    torch.matmul(Q_B, left, out=U)
+    torch.matmul(right, Q_A.mT, out=Vh)
+    return U, S, Vh
+
+
+def room(B: Tensor, A: Tensor) -> list[Tensor]:
+    (layers, m, r), n = B.shape, A.shape[2]
+    small = (r, r)
+    shapes = ((m, r), small, (n, r), small, small, small, (r,), small, (m, r), (r, n))
+    return [B.new_zeros(layers, *shape) for shape in shapes]
+
+
+def into_out(problem: Problem, tensors: Tensors, copies: int, ours: bool) -> list[Layer]:
+    """Build SVDs with results in given memory: peftkern's, or the composition."""
+
+    def layer() -> Layer:
+        B, A = tensors["B"].clone(), tensors["A"].clone()
+        call = functools.partial(composition_out, B, A, room(B, A))
+        if ours:
+            B, A = list(B.unbind()), list(A.unbind())
+            call = functools.partial(ours_out, B, A, out=ours_out(B, A))
+        why = ADDRESSES if ours else WAITS
+        return Layer(call, collect=lambda svd: named(problem, svd), no_graph=why)
+
+    return [layer() for _ in range(copies)]
 
 
 def dense_svd(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     """Build the SVD of the first layer's update as a whole."""
     update, r = tensors["B"][0] @ tensors["A"][0], problem.r
 
-    def run() -> low_rank_svd.SVD:
+    def run() -> Parts:
         U, S, Vh = torch.linalg.svd(update, full_matrices=False)
         return U[None, :, :r], S[None, :r], Vh[None, :r]
 
@@ -84,7 +123,7 @@ PROVIDERS = {
     OURS: "peftkern",
     CUDA: on_backend("cuda"),
     STACKED: "composed",
-    LISTS: low_rank_svd.from_lists,
+    LISTS: build_by(from_lists, WAITS, lists=True),
     GESVDA: build_by(gesvda, WAITS),
     EIGH: build_by(gram_composition, WAITS),
     DENSE: dense_svd,
@@ -92,7 +131,8 @@ PROVIDERS = {
 
 
 # With results in memory that was there before, which torch's ways can do, too.
-INTO_OUT = {OURS: low_rank_svd.ours_out, STACKED: low_rank_svd.composed_out}
+INTO_OUT = {OURS: functools.partial(into_out, ours=True)}
+INTO_OUT |= {STACKED: functools.partial(into_out, ours=False)}
 
 
 def build(

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import torch
+from folders import RESULTS, slug
 from tiny_models import ARCHITECTURES, SIZES, make_model, tiny_config
 
 from peftkern.backends import trust
@@ -57,7 +57,7 @@ def main() -> int:
     with trust.use_mode("always"):
         cases = [case(kind) for kind in ARCHITECTURES]
     record = new_record(environment, {}, command="python bench/bench_plan.py", cases=cases, **more)
-    path = Path(__file__).with_name("results") / machine.slug(environment) / "plan.json"
+    path = RESULTS / slug(environment) / "plan.json"
     machine.write_json(path, record)
     print(f"written: {path}")
     return 0

@@ -1,8 +1,9 @@
 """RoSA's sparse products against the dense ones that they replace, over the density of the mask.
 
-Where the ratio falls below 1 lies the density from which on the dense way is the faster one. On a
-GPU `torch, in chunks` is the fallback without kernels: it synchronizes with the host. What each
-does: peftkern/tools/bench/rosa.py.
+Where the ratio falls below 1 lies the density from which on the dense way is the faster one.
+torch.sparse adds a CSR product to x W.T, or samples dy.T @ x. On a GPU `torch, in chunks` is the
+fallback without kernels: it synchronizes with the host. What the others do:
+peftkern/tools/bench/rosa.py.
 
 python bench/bench_rosa.py [--device cuda] [--only sddmm] [--seconds 2]
 """
@@ -13,16 +14,34 @@ import itertools
 import sys
 
 import torch
+import torch.nn.functional as F
 from specs import Spec, Target, spec_of
 from suite import benchmark_test, main
+from torch import Tensor
 
 from peftkern.tools.bench import rosa
+from peftkern.tools.bench.base_layers import Tensors
 from peftkern.tools.bench.cases import Problem
 from peftkern.tools.bench.providers import on_backend
 from peftkern.tools.bench.record import OURS
 
 TORCH_SPARSE, IN_CHUNKS = "torch.sparse", "torch, in chunks"
 DENSITIES = (0.001, 0.01, 0.05, 0.2)
+
+
+def csr(tensors: Tensors, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    return torch.sparse_csr_tensor(tensors["crow"], tensors["col"], values, shape)
+
+
+def sparse_gradient(tensors: Tensors, x: Tensor, dy: Tensor) -> Tensor:
+    S = csr(tensors, tensors["mask_values"], (dy.shape[1], x.shape[1]))
+    return torch.sparse.sampled_addmm(S, dy.T, x, beta=0.0).values()
+
+
+def sparse_forward(tensors: Tensors, x: Tensor, dy: Tensor) -> Tensor:
+    weight = tensors["weight"]
+    S = csr(tensors, tensors["mask_values"].to(x.dtype), weight.shape)
+    return F.linear(x, weight) + (S @ x.T).T
 
 
 def spec(
@@ -40,7 +59,7 @@ def spec(
     peers = {OURS: "peftkern", rosa.DENSE[problem.op]: "composed"}
     # torch.sparse has no product of bfloat16 on a CPU, and samples none of it anywhere.
     if TORCH_SPARSE in more or (kind == "forward" and (dtype == "float32" or device == "cuda")):
-        peers[TORCH_SPARSE] = rosa.torch_sparse
+        peers[TORCH_SPARSE] = rosa.build_by(sparse_gradient, sparse_forward)
     if IN_CHUNKS in more:
         peers[IN_CHUNKS] = on_backend("reference")
     return spec_of(name, problem, peers, *targets)

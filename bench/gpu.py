@@ -25,10 +25,10 @@ import time
 from pathlib import Path
 
 import torch
+from folders import RESULTS, slug
 
 from peftkern.tools.bench import machine
 
-RESULTS = machine.ROOT / "bench" / "results"
 TUNED = machine.ROOT / "kernels" / "tuned"
 # Shares of the remaining time, relative to the parts after it; `all` runs them in order.
 BENCHES = {
@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         if seconds < 1:
             failed.append(f"{part} (no time left)")
             continue
-        log = args.out / machine.slug(machine.describe(0, device)) / f"{part}.txt"
+        log = args.out / slug(machine.describe(0, device)) / f"{part}.txt"
         log = log if part in ("test", "sanitize") else None
         threads = {"OMP_NUM_THREADS": "2"} if log else {}  # of each of pytest's processes
         started = time.monotonic()

@@ -16,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from folders import RESULTS
 from make_tables import PLOTS, ROOT, THEMES, plot_name, shown
 from record_tables import TITLES, short
 
@@ -57,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make_plots.py")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if outdated")
     parser.add_argument("--out", type=Path, default=ROOT / PLOTS)
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     wanted = plots(args.results)
     stale = []

@@ -13,13 +13,14 @@ import re
 import sys
 from pathlib import Path
 
+from folders import RESULTS
 from record_tables import TITLES, heading, markdown, tables, times, timing
 
 from peftkern.tools.bench import record as records
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.rows import ratio
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = RESULTS.parents[1]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 PLOTS = "docs/plots"  # where bench/make_plots.py writes
 THEMES = ("light", "dark")
@@ -223,7 +224,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make_tables.py")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if outdated")
     parser.add_argument("--root", type=Path, default=ROOT, help="the folder of the pages")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     stale = {}
     for name, write in PAGES.items():

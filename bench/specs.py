@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from peftkern.backends.dropout import philox_keep
 from peftkern.backends.tolerances import PEER_WRONG
+from peftkern.functional.arguments import draw_keep
 from peftkern.tools.bench import data
 from peftkern.tools.bench.cases import ITEMSIZE, Problem
-from peftkern.tools.bench.peers import kept
 from peftkern.tools.bench.providers import PROVIDERS, Build, Provider
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.training_step import Job
@@ -23,6 +25,7 @@ from peftkern.tools.bench.worker import calls
 
 MOST_COPIES = 128  # of a layer; a call of so small a one takes longer than to evict it
 CPU = torch.device("cpu")
+SEED = 5  # of the random numbers of a checked call
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,18 @@ class Steps(Named):
     `peftkern bench --model` would measure, with its config in the folder."""
 
     job: Callable[[Options, Path], Job]
+
+
+def kept(x: Tensor, problem: Problem, patched: bool) -> Tensor:
+    """Return the mask of dropout in the first call after torch.manual_seed(SEED)."""
+    torch.manual_seed(SEED)
+    if patched:
+        keep = draw_keep(x, problem.dropout)
+        if keep.dtype is torch.bool:
+            return keep
+        return philox_keep(keep, *x.shape, problem.dropout)
+    ones = torch.ones_like(x, dtype=getattr(torch, problem.adapter_dtype))
+    return F.dropout(ones, problem.dropout) != 0
 
 
 def of_problem(

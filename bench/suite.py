@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import TypeVar
 from unittest import mock
 
+import folders
 import graphs
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from specs import CPU, Case, Named, Options, Spec, Steps, sized
+from specs import CPU, SEED, Case, Named, Options, Spec, Steps, sized
 
 import peftkern
 from peftkern.backends import dispatch
@@ -33,7 +34,6 @@ from peftkern.backends.tolerances import errors
 from peftkern.tools.bench import gpu_timer, machine, terminal
 from peftkern.tools.bench.gpu_timer import first_line, measure_events
 from peftkern.tools.bench.memory import peak_bytes
-from peftkern.tools.bench.peers import SEED
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.rows import (
     Row,
@@ -296,7 +296,7 @@ def parse(stem: str, argv: list[str] | None) -> argparse.Namespace:
     add("--budget", type=float, help="start no case after so many seconds (default: run them all)")
     add("--rotate-mb", type=int, help="inputs to cycle through (default: beyond the caches)")
     add("--only", default="", help="cases whose name contains this")
-    add("--out", type=Path, default=machine.ROOT / "bench" / "results", help="results folder")
+    add("--out", type=Path, default=folders.RESULTS, help="results folder")
     add("--commit", default="", help="what to record where the tree carries no history")
     options = parser.parse_args(argv)
     sizes = (options.n, options.k, options.r, options.rows, options.layers)
@@ -363,7 +363,7 @@ def _run(stem: str, chosen: list[Named], args: argparse.Namespace, device: torch
         console.print(busy, style="yellow")
     small = size[0] * size[1] < 1 << 20
     record["roof"] = machine.roof(min(seconds, 1.0), device, small)
-    path = args.out / machine.slug(environment) / f"{stem}.json"
+    path = args.out / folders.slug(environment) / f"{stem}.json"
 
     def write() -> None:  # at once: a run may be stopped at any moment
         record["elapsed_s"] = time.monotonic() - began

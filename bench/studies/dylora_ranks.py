@@ -14,11 +14,10 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from peftkern.methods import DyLoRALinear, sample_rank, set_rank
+from peftkern.tools import tables
 
 SIZE, ROWS, LR = 32, 64, 0.02
 VALUES = torch.tensor([4.0, 2.0, 1.0, 0.5])  # singular values of the update
@@ -74,12 +73,10 @@ def main() -> None:
     if args.steps < 1:
         parser.error(f"--steps: expected a positive number, got {args.steps}")
     found = columns(args.steps)
-    table = Table(title="Distance to the target")
-    for name in ("rank", *found):
-        table.add_column(name, justify="right")
+    table = tables.table("rank", *found, numbers=True)
     for rank, row in zip(RANKS, zip(*found.values(), strict=True), strict=True):
         table.add_row(str(rank), *(f"{distance:.3f}" for distance in row))
-    Console().print(table)
+    tables.section(tables.console(), "Distance to the target", table)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import copy
 import importlib
 import inspect
-import json
 import os
 import statistics
 import sys
@@ -36,6 +35,7 @@ from torch import Tensor, nn
 from peftkern import methods
 from peftkern.integrations.transformers.longlora import enable_shifted_sparse_attention
 from peftkern.layers import LoRALinear, NF4Linear, NF4LoRALinear
+from peftkern.tools.bench.machine import write_json
 from peftkern.tools.bench.memory import peak_bytes
 
 SOURCES = ("argparse", "statistics", "textwrap", "tarfile", "zipfile")  # of the standard library
@@ -329,14 +329,11 @@ def source_text() -> bytes:
 
 
 def show(results: dict[str, dict[str, float]], before: float) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from peftkern.tools import tables
 
-    console = Console(width=None if sys.stdout.isatty() else 100, highlight=False)
-    grid = Table(title=f"Loss before fine-tuning: {before:.3f}")
-    grid.add_column("method")
-    for title in ("trained", "optimizer kB", "step's peak MB", "step ms", "loss"):
-        grid.add_column(title, justify="right")
+    console = tables.console(None if sys.stdout.isatty() else 100)
+    columns = ("method", "trained", "optimizer kB", "step's peak MB", "step ms", "loss")
+    grid = tables.table(*columns, numbers=True)
     for name, run in results.items():
         grid.add_row(
             name,
@@ -346,7 +343,7 @@ def show(results: dict[str, dict[str, float]], before: float) -> None:
             f"{run['step_ms']:.1f}",
             f"{run['loss']:.3f}",
         )
-    console.print(grid)
+    tables.section(console, f"Loss before fine-tuning: {before:.3f}", grid)
     there = {getattr(methods, name).__module__.rpartition(".")[2] for name in methods.__all__}
     absent = sorted(there - {cls.module for cls in METHODS.values()})
     if absent:
@@ -417,9 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     show(results, before)
     if options.json is not None:
         record = {"loss_before": before, "threads": torch.get_num_threads(), "methods": results}
-        partial = options.json.with_name(options.json.name + ".partial")
-        partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        os.replace(partial, options.json)
+        write_json(options.json, record, indent=1)
     return 0
 
 

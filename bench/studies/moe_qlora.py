@@ -112,41 +112,6 @@ class MoeTraining(Training):
     load, adapt = staticmethod(load), staticmethod(adapt)
 
 
-def show(options: Namespace, results: dict[str, dict], summary: dict) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    dense, packed = (results[name] for name in TITLES)
-    console.print(f"\n{packed['report']['text']}\n", markup=False)
-    table = Table("", *TITLES.values(), "")
-    for column in table.columns[1:]:
-        column.justify = "right"
-
-    def row(label: str, text, change: str = "") -> None:
-        table.add_row(label, text(dense), text(packed), change)
-
-    row(
-        "step, median [p20-p80]",
-        lambda run: "{median:.0f} ms [{p20:.0f}-{p80:.0f}]".format(**run["step_ms"]),
-        f"{summary['speedup']:.2f}x",
-    )
-    row("steps per second", lambda run: f"{1e3 / run['step_ms']['median']:.2f}")
-    for label, key in (
-        ("peak process memory", "resident_peak_mb"),
-        ("peak tensors in a step", "tensor_peak_mb"),
-    ):
-        change = f"{packed[key] - dense[key]:+.0f} MB"
-        row(label, lambda run, key=key: f"{run[key]:.0f} MB", change)
-    table.add_section()
-    count = summary["steps"]
-    for step in sorted({1, count // 4, count // 2, count * 3 // 4, count} - {0}):
-        row(f"loss at step {step}", lambda run, i=step - 1: f"{run['losses'][i]:.4f}")
-    row("mean of the last 10", lambda run: f"{run['final_loss']:.4f}", f"{summary['ratio']:.3f}x")
-    console.print(table)
-    console.print(packed["stats"], markup=False)
-
-
 def parse_options(argv: list[str] | None) -> Namespace:
     at_least = finetune.at_least
     parser = finetune.Parser(description=__doc__.split("\n\n")[0], prog="moe_qlora.py")
@@ -200,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
             run.stop()
     summary = finetune.compare(results)
     summary["ratio"] = results["peftkern"]["final_loss"] / results["peft"]["final_loss"]
-    show(options, results, summary)
+    finetune.show(options, results, summary, TITLES, f"{summary['ratio']:.3f}x")
     if options.json:
         record = {"options": vars(options), "summary": summary, "runs": results}
         Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

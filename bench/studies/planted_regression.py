@@ -105,8 +105,7 @@ def distances(curves: dict[str, Curve], planted: Tensor) -> dict[str, list[float
 
 
 def main(argv: list[str] | None = None) -> int:
-    from rich.console import Console
-    from rich.table import Table
+    from peftkern.tools import tables
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--optimizer", choices=sorted(METHODS), default="sgd")
@@ -119,12 +118,10 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--steps: at least 1; --lr: above 0")
     curves, planted = train(options.optimizer, lr, options.steps, options.seed)
     apart = distances(curves, planted)
-    grid = Table(title=f"Planted regression, {options.optimizer} at {lr:g}")
-    grid.add_column("step", justify="right")
+    columns = ["step"]
     for name in curves:
-        grid.add_column(f"{name}\nloss", justify="right")
-        if name != FULL:
-            grid.add_column("from full\nfine-tuning", justify="right")
+        columns += [f"{name}\nloss", *(["from full\nfine-tuning"] if name != FULL else [])]
+    grid = tables.table(*columns, numbers=True)
     for step in sorted({*range(0, options.steps, max(1, options.steps // 10)), options.steps - 1}):
         row = [str(step)]
         for name, curve in curves.items():
@@ -132,7 +129,8 @@ def main(argv: list[str] | None = None) -> int:
             if name != FULL:
                 row.append(f"{apart[name][step]:.3f}")
         grid.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 100, highlight=False).print(grid)
+    title = f"Planted regression, {options.optimizer} at {lr:g}"
+    tables.section(tables.console(None if sys.stdout.isatty() else 100), title, grid)
     return 0
 
 

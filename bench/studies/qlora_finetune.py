@@ -150,15 +150,20 @@ def compare(results: dict[str, dict]) -> dict:
     }
 
 
-def show(options: argparse.Namespace, results: dict[str, dict], summary: dict) -> None:
+def show(
+    options: argparse.Namespace,
+    results: dict[str, dict],
+    summary: dict,
+    titles: dict[str, str],
+    of_losses: str = "",
+) -> None:
+    """Print what was patched, and both runs side by side; of_losses: how their ends compare."""
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
-    alone, patched = (results[name] for name in TITLES)
-    console.print(f"\n{patched['report']['text']}\n", markup=False)
+    alone, patched = (results[name] for name in titles)
     tokens, count = options.batch * options.seq, summary["steps"]
-    table = Table("", *(TITLES[name] for name in TITLES), "")
+    table = Table("", *titles.values(), "")
     for column in table.columns[1:]:
         column.justify = "right"
 
@@ -179,18 +184,23 @@ def show(options: argparse.Namespace, results: dict[str, dict], summary: dict) -
     table.add_section()
     for step in sorted({1, count // 4, count // 2, count * 3 // 4, count} - {0}):
         row(f"loss at step {step}", lambda run, i=step - 1: f"{run['losses'][i]:.5f}")
-    row("mean of the last 10", lambda run: f"{run['final_loss']:.5f}")
+    row("mean of the last 10", lambda run: f"{run['final_loss']:.5f}", of_losses)
+    console = Console(highlight=False)
+    console.print(f"\n{patched['report']['text']}\n", markup=False)
     console.print(table)
+    console.print(f"{patched['stats']}\n", markup=False)
 
+
+def conclude(summary: dict) -> None:
+    """Print whether the loss curves agree, and the speed-up."""
     verdict = "agree" if summary["losses_agree"] else "DO NOT AGREE"
-    console.print(
+    print(
         f"The loss curves {verdict}: they part by at most {summary['loss_max_rel_diff']:.1e}"
-        f" relative (step {summary['loss_max_rel_diff_step']} of {count};"
+        f" relative (step {summary['loss_max_rel_diff_step']} of {summary['steps']};"
         f" {summary['loss_max_rel_diff_first_50']:.1e} in the first 50 steps),"
         f" by {summary['loss_mean_rel_diff']:.1e} on average."
     )
-    console.print(f"Speed-up of the whole training step: [bold]{summary['speedup']:.2f}x[/]\n")
-    console.print(patched["stats"], markup=False)
+    print(f"Speed-up of the whole training step: {summary['speedup']:.2f}x")
 
 
 class Parser(argparse.ArgumentParser):
@@ -278,7 +288,8 @@ def main(argv: list[str] | None = None) -> int:
         for run in runs:
             run.stop()
     summary = compare(results)
-    show(options, results, summary)
+    show(options, results, summary, TITLES)
+    conclude(summary)
     if options.json:
         record = {"options": vars(options), "summary": summary, "runs": results}
         Path(options.json).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from peftkern.cli.adapter_algebra import combine, extract, resize
 from peftkern.cli.adapter_convert import convert
-from peftkern.cli.frame import InputError, add_commands, bad_input
-from peftkern.cli.options import Json
-
-if TYPE_CHECKING:
-    from peftkern.tools.adapters import Adapter
+from peftkern.cli.frame import (
+    InputError,
+    add_commands,
+    bad_input,
+    check_page,
+    read_adapter,
+    write_page,
+)
+from peftkern.cli.options import Html, Json
 
 FAILED = 1  # exit status of a check that did not pass
 Source = Annotated[Path, typer.Argument(metavar="ADAPTER", help="Folder or safetensors file.")]
@@ -32,17 +36,6 @@ app = typer.Typer(
 )
 
 
-def read(path: Path, layout: str | None = None) -> Adapter:
-    """Read an adapter that an argument names. Raises: InputError in one line."""
-    from peftkern.tools.adapters import read_adapter
-    from peftkern.tools.adapters.experts import LAYOUTS
-
-    if layout is not None and layout not in LAYOUTS:
-        raise InputError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
-    with bad_input():
-        return read_adapter(path, expert_layout=layout)
-
-
 def inspect(
     adapter: Source,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="A row for each layer.")] = False,
@@ -50,7 +43,7 @@ def inspect(
         bool, typer.Option("--experts", help="A row for each expert of a stack, too.")
     ] = False,
     layout: Layout = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page, one file for a browser.")] = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Show what is in an adapter: the spectrum of each update, and what its file and config tell.
@@ -64,19 +57,12 @@ def inspect(
 
     from peftkern.tools.adapters import inspect, terminal
 
-    if html is not None:
-        from peftkern.tools import pages
-        from peftkern.tools.bench import machine
-
-        with bad_input():
-            machine.check_target("--html", html)
-            pages.require("--html")
-    found = inspect.inspect(read(adapter, layout))
+    check_page("--html", html)
+    found = inspect.inspect(read_adapter(adapter, layout))
     if html is not None:
         from peftkern.tools.adapters import page
 
-        with bad_input():  # a full disk
-            machine.write_text(html, page.html(found))
+        write_page(html, page.html(found))
     if as_json:
         print(json.dumps(found.as_dict(), indent=2, allow_nan=False))
     else:
@@ -109,8 +95,8 @@ def verify(
 
     if not tol >= 0:
         raise InputError(f"--tol: expected a number from 0 on, got {tol}")
-    ours = read(adapter, layout)
-    other = None if against is None else read(against, layout)
+    ours = read_adapter(adapter, layout)
+    other = None if against is None else read_adapter(against, layout)
     with bad_input():
         checks = verify.verify(ours, base=base, against=other, tol=tol)
     if as_json:

@@ -13,11 +13,13 @@ from peftkern.cli.frame import (
     InputError,
     bad_input,
     dtype_name,
+    model_packages,
     parse_bytes,
     progress_bar,
+    read_adapter,
     weighted_adapter,
 )
-from peftkern.cli.options import Json
+from peftkern.cli.options import ForceAdapter, Json
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +32,6 @@ _METHODS |= {"--ties --dare": "dare_ties"}
 Destination = Annotated[Path, typer.Argument(metavar="DST", help="New folder to write.")]
 Dtype = Annotated[str, typer.Option(help="Of the factors: fp32, bf16 or fp16.")]
 PerLayer = Annotated[bool, typer.Option("--per-layer", help="A row for each layer.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace the adapter in DST.")]
 Layout = Annotated[str | None, typer.Option(help="Of experts, as `inspect` takes it.")]
 
 
@@ -61,7 +62,7 @@ def resize(
     ] = None,
     dtype: Dtype = "fp32",
     per_layer: PerLayer = False,
-    force: Force = False,
+    force: ForceAdapter = False,
     layout: Layout = None,
     as_json: Json = False,
 ) -> None:
@@ -73,7 +74,7 @@ def resize(
     Example: peftkern adapter resize my-adapter small --energy 0.95 --rank 32
     """
     from peftkern.methods.rank_rules import RankRule
-    from peftkern.tools.adapters import losses, read_adapter
+    from peftkern.tools.adapters import losses
     from peftkern.tools.adapters import resize as tool
     from peftkern.tools.adapters.write import check_destination
 
@@ -89,7 +90,7 @@ def resize(
         name, value = next(iter(rules.items())) if rules else ("rank", rank)
         rule = RankRule(name, value, most=rank if rules else None)
         check_destination(destination, force)
-        source = read_adapter(adapter, expert_layout=layout)
+        source = read_adapter(adapter, layout)
         with progress_bar(len(source.updates), "updates") as progress:
             found, lost = tool.resize(source, rule, itemsize=written.itemsize, progress=progress)
         _write(found, destination, written, force)
@@ -122,7 +123,7 @@ def combine(
     seed: Annotated[int, typer.Option(help="Of --dare.", min=0)] = 0,
     dtype: Dtype = "fp32",
     per_layer: PerLayer = False,
-    force: Force = False,
+    force: ForceAdapter = False,
     layout: Layout = None,
     as_json: Json = False,
 ) -> None:
@@ -135,7 +136,7 @@ def combine(
 
     Example: peftkern adapter combine my-adapter:0.7 runs/adapter:0.5 both --rank 32
     """
-    from peftkern.tools.adapters import losses, read_adapter
+    from peftkern.tools.adapters import losses
     from peftkern.tools.adapters.combine import Combination
     from peftkern.tools.adapters.combine import combine as tool
     from peftkern.tools.adapters.write import check_destination
@@ -161,7 +162,7 @@ def combine(
         how = Combination(method, rank, density, seed=seed)
         check_destination(Path(destination), force)
         paths, weights = zip(*map(weighted_adapter, sources), strict=True)
-        read = [read_adapter(path, expert_layout=layout) for path in paths]
+        read = [read_adapter(path, layout) for path in paths]
         count = len({key for one in read for key in one.updates})
         with progress_bar(count, "updates") as progress:
             found, lost = tool(read, weights, how, progress=progress)
@@ -188,7 +189,7 @@ def extract(
     ] = False,
     dtype: Dtype = "fp32",
     per_layer: PerLayer = False,
-    force: Force = False,
+    force: ForceAdapter = False,
     as_json: Json = False,
 ) -> None:
     """Make an adapter of a full fine-tune: TUNED minus BASE, layer by layer, cut to a rank.
@@ -199,15 +200,12 @@ def extract(
 
     Example: peftkern adapter extract ~/models/llama3-8b ~/models/my-tune extracted
     """
-    try:
+    with model_packages():
         from peftkern.tools.adapters import losses
         from peftkern.tools.adapters.extract import ExtractRule
         from peftkern.tools.adapters.extract import extract as tool
         from peftkern.tools.adapters.write import check_destination
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
-    except ImportError as error:
-        raise InputError(f"expected transformers 5 or newer: {error}") from None
-
     if noise and energy is not None:
         raise InputError("expected one of --energy and --noise")
     written = _dtype(dtype)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftkern.cli.frame import bad_input
-from peftkern.cli.options import Json
+from peftkern.cli.options import ForceAdapter, Json
 
 if TYPE_CHECKING:
     from peftkern.tools.adapters.convert.run import Conversion
@@ -55,7 +55,7 @@ def convert(
     rank: Annotated[
         int | None, typer.Option(help="To lora from DoRA.", show_default="the adapter's own")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the adapter in DST.")] = False,
+    force: ForceAdapter = False,
     as_json: Json = False,
 ) -> None:
     """Write an adapter in another layout: without a change of any product, or not at all.

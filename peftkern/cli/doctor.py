@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftkern.cli.frame import bad_input, section, table
+from peftkern.cli.frame import bad_input
 from peftkern.integrations.packages import OPTIONAL
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def doctor(
         return
     from rich.console import Console
 
+    from peftkern.tools import tables
     from peftkern.tools.doctor.doctor import diagnose
 
     with Console(stderr=True).status("Looking at this installation; importing peers takes longest"):
@@ -62,7 +63,7 @@ def doctor(
     if as_json:
         print(json.dumps(diagnosis.as_dict(), indent=2, allow_nan=False))
     else:
-        console = Console(highlight=False, markup=False)
+        console = tables.console()
         _print(diagnosis, console)
         if verbose:
             _print_details(diagnosis.as_dict(), console)
@@ -95,10 +96,12 @@ def _forget(as_json: bool) -> None:
 
 def _print(d: Diagnosis, console: Console) -> None:
     """Print the verdict, what to do, and what this installation is."""
+    from peftkern.tools import tables
+
     wrong = sum(finding.severity == "wrong" for finding in d.findings)
     verdict = f"{wrong} wrong" if wrong else "healthy"
     console.print(f"peftkern {d.machine['peftkern']}: {verdict}", style="red" if wrong else "green")
-    shown = table("", "")
+    shown = tables.table("", "")
     for finding, following in zip(d.findings, [*d.findings, None][1:], strict=True):
         shown.add_row(finding.severity, finding.cause, style=_STYLES[finding.severity])
         if following is None or following.cure != finding.cure:
@@ -158,10 +161,10 @@ def _print_trust(trust: dict[str, Any], console: Console) -> None:
 
 
 def _print_facts(console: Console, title: str, facts: dict[str, Any]) -> None:
-    shown = table("", "")
-    for name, value in facts.items():
-        shown.add_row(name, _text(value))
-    section(console, title, shown)
+    from peftkern.tools import tables
+
+    rows = ((name, _text(value)) for name, value in facts.items())
+    tables.section(console, title, tables.table("", "", rows=rows))
 
 
 def _print_records(
@@ -171,11 +174,11 @@ def _print_records(
     columns: tuple[str, ...],
     whole: int,
 ) -> None:
-    shown = table(*columns, whole=whole)
-    for record in records:
-        shown.add_row(*(_text(record[column]) for column in columns))
+    from peftkern.tools import tables
+
+    rows = ([_text(record[column]) for column in columns] for record in records)
     if records:
-        section(console, title, shown)
+        tables.section(console, title, tables.table(*columns, rows=rows, whole=whole))
 
 
 def _text(value: Any) -> str:

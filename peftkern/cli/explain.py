@@ -78,12 +78,10 @@ def explain(
 
 
 def _print(title: str, explanation: Explanation, note: str | None) -> None:
-    from rich.console import Console
+    from peftkern.tools import tables
 
-    from peftkern.cli.frame import table
-
-    console = Console(highlight=False, markup=False)
-    shown, last = table("op", "back end", "verdict", whole=2), None
+    console = tables.console()
+    shown, last = tables.table("op", "back end", "verdict", whole=2), None
     for op, backend, verdict in explanation.rows:
         style = "bold green" if verdict == "chosen" else None
         shown.add_row("" if op == last else op, backend, verdict, style=style)

@@ -1,4 +1,4 @@
-"""Handling of input and output shared by the commands: errors, dtypes, sizes, tables."""
+"""Handling of input and output shared by the commands: errors, dtypes, sizes, files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ import typer
 
 if TYPE_CHECKING:
     import torch
-    from rich.console import Console
-    from rich.table import Table
+
+    from peftkern.tools.adapters import Adapter
 
 EXIT_BAD_INPUT = 2
-NARROW = 60  # columns of a terminal
 # The name in help and output, and the full name, which is accepted, too.
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
@@ -107,12 +106,48 @@ def progress_bar(total: int, what: str = "") -> Iterator[Callable[..., None]]:
         yield lambda done, name=what: bar.update(task, advance=done, description=name)
 
 
-def missing_models(error: ImportError) -> InputError:
-    """Make an error of a package without which no model can be loaded."""
-    return InputError(
-        "expected peft, transformers 5 or newer, accelerate and bitsandbytes: "
-        f"pip install -U 'peftkern[peft]' ({error})"
-    )
+@contextlib.contextmanager
+def model_packages() -> Iterator[None]:
+    """Turn the absence of a package without which no model can be loaded into an InputError."""
+    try:
+        yield
+    except ImportError as error:
+        raise InputError(
+            "expected peft, transformers 5 or newer, accelerate and bitsandbytes: "
+            f"pip install -U 'peftkern[peft]' ({error})"
+        ) from None
+
+
+def read_adapter(path: Path, layout: str | None = None) -> Adapter:
+    """Read an adapter that an argument names. Raises: InputError in one line."""
+    from peftkern.tools import adapters
+    from peftkern.tools.adapters.experts import LAYOUTS
+
+    if layout is not None and layout not in LAYOUTS:
+        raise InputError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {layout!r}")
+    with bad_input():
+        return adapters.read_adapter(path, expert_layout=layout)
+
+
+def check_page(option: str, path: Path | None) -> None:
+    """Check, before anything is computed, that a page or chart can be drawn and written there.
+
+    Raises: InputError.
+    """
+    if path is not None:
+        from peftkern.tools import pages
+        from peftkern.tools.bench import machine
+
+        with bad_input():
+            machine.check_target(option, path)
+            pages.require(option)
+
+
+def write_page(path: Path, text: str) -> None:
+    from peftkern.tools.bench import machine
+
+    with bad_input():  # a full disk
+        machine.write_text(path, text)
 
 
 def weighted_adapter(text: str) -> tuple[Path, float]:
@@ -172,23 +207,3 @@ def parse_bytes(option: str, text: str) -> int:
             f"{option}: expected a size like 48GB (10^9) or 48GiB (2^30), got {text!r}"
         )
     return count
-
-
-def table(*columns: str, whole: int = 0) -> Table:
-    """Build a table whose first `whole` columns do not break words, but on a terminal so narrow
-    that the others would have no room."""
-    from rich.console import Console
-    from rich.table import Table
-
-    whole = whole if Console().width >= NARROW else 0
-    table = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim")
-    for number, column in enumerate(columns):
-        table.add_column(column, overflow="fold", no_wrap=number < whole)
-    return table
-
-
-def section(console: Console, title: str, table: Table) -> None:
-    """Print a table under a title."""
-    console.print()
-    console.print(title, style="bold")
-    console.print(table)

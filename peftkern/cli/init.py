@@ -11,13 +11,23 @@ import typer
 from peftkern.cli.frame import (
     InputError,
     checkpoint_run,
-    missing_models,
+    model_packages,
     parse_bytes,
     present_device,
     progress_bar,
-    table,
 )
-from peftkern.cli.options import Certify, Device, Json, Length, RsLora, Seed, Targets, Texts
+from peftkern.cli.options import (
+    Certify,
+    Device,
+    Force,
+    Json,
+    Length,
+    RsLora,
+    Seed,
+    ShardSize,
+    Targets,
+    Texts,
+)
 
 if TYPE_CHECKING:
     from peftkern.methods.initialization.report import InitReport
@@ -58,11 +68,9 @@ def init(
     texts: Texts = 64,
     length: Length = 1024,
     seed: Seed = 0,
-    shard_size: Annotated[str, typer.Option(help="Largest size of a file: 5GB or 500MiB.")] = "5GB",
+    shard_size: ShardSize = "5GB",
     device: Device = "cpu",
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
-    ] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Start LoRA adapters from the weights of a checkpoint, or from texts.
@@ -91,14 +99,12 @@ def init(
                 raise InputError(f"{name}: expected none beside --ranks, got {value!r}")
     shard_bytes = parse_bytes("--shard-size", shard_size)
     device = str(present_device(device))
-    try:
+    with model_packages():
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
         from peftkern.tools.initialize import checkpoint, from_text
         from peftkern.tools.initialize.rank_file import read_ranks
         from peftkern.tools.initialize.request import Request
         from peftkern.tools.quantize.file_plan import Options
-    except ImportError as error:
-        raise missing_models(error) from None
     with checkpoint_run(destination, *_OPTIONS):
         how = {"rank": 16 if rank is None else rank, "alpha": alpha, "rslora": rslora}
         names = tuple(target or ())
@@ -130,17 +136,16 @@ _OPTIONS += ("shard_bytes", "target", "texts", "tol")
 
 def _show(report: InitReport, destination: Path) -> None:
     """Print a line for each layer, and what was written."""
-    from rich.console import Console
+    from peftkern.tools import tables
 
-    rows = table("layer", "shape", "rank", "energy kept", "error", "excess", whole=1)
+    rows = tables.table("layer", "shape", "rank", "energy kept", "error", "excess", whole=1)
     for layer in report.layers:
         shape = "x".join(map(str, layer.shape))
         shape = shape if layer.matrices == 1 else f"{layer.matrices} of {shape}"
         bound = _number(layer.certificate)
         row = (layer.name, shape, str(layer.rank), f"{layer.energy:.1%}", _number(layer.error))
         rows.add_row(*row, bound)
-    console = Console()
-    console.print(rows)
+    tables.console().print(rows)
     for name, reason in report.skipped.items():
         print(f"left as it was: {name}: {reason}")
     print(report)

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftkern.cli.frame import InputError, bad_input, checkpoint_run, progress_bar, weighted_adapter
-from peftkern.cli.options import Json
+from peftkern.cli.frame import (
+    InputError,
+    bad_input,
+    checkpoint_run,
+    model_packages,
+    progress_bar,
+    read_adapter,
+    weighted_adapter,
+)
+from peftkern.cli.options import Force, Json
 
 if TYPE_CHECKING:
     from peftkern.tools.merge.arithmetic import Change
@@ -71,18 +79,16 @@ def merge(
             "--changed-base", help="BASE is the one that PiSSA, OLoRA or the like has changed."
         ),
     ] = False,
-    expert_layout: Annotated[
-        str | None,
-        typer.Option("--layout", help="Layout of the adapter's experts, if nothing in it tells."),
+    layout: Annotated[
+        str | None, typer.Option(help="Layout of the adapter's experts, if nothing in it tells.")
     ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
-    ] = False,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
-    """Merge adapters into a safetensors checkpoint. Peak memory: panels of rows and the adapters;
-    of 4 bits, token rows, DoRA of embeddings and stored tables a whole weight, of experts one, for
-    each thread.
+    """Merge adapters into a safetensors checkpoint.
+
+    Peak memory: panels of rows and the adapters; of 4 bits, token rows, DoRA of embeddings and
+    stored tables a whole weight, of experts one, for each thread.
 
     The bits are those of PEFT's merge_and_unload where that is right; tied embeddings are untied if
     an adapter changes one of them. Into 4 bits, the update of a QLoRA adapter is lost for the most
@@ -95,21 +101,11 @@ def merge(
     if not 0 <= min_survival <= 1:
         raise InputError(f"--min-survival: expected a share of 0 to 1, got {min_survival}")
     parsed = [weighted_adapter(text) for text in adapters]
-    try:
-        from peftkern.tools.adapters import read_adapter
-        from peftkern.tools.adapters.experts import LAYOUTS
+    with model_packages():
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
         from peftkern.tools.merge.merge import merge_checkpoint
         from peftkern.tools.merge.plan import Options
-    except ImportError as error:
-        raise InputError(
-            "expected transformers 5 or newer and bitsandbytes, which know the architecture: "
-            f"pip install -U 'peftkern[peft]' ({error})"
-        ) from None
-    if expert_layout is not None and expert_layout not in LAYOUTS:
-        raise InputError(f"--layout: expected one of {', '.join(LAYOUTS)}, got {expert_layout!r}")
-    with bad_input():
-        read = [(read_adapter(path, expert_layout=expert_layout), w) for path, w in parsed]
+    read = [(read_adapter(path, layout), weight) for path, weight in parsed]
     own = ("out", "residual", "as_trained", "blocksize", "trained_experts")
     with bad_input(*own):
         chosen = Options(out, residual, as_trained, changed_base, blocksize, trained_experts)

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from peftkern.cli.options import Html
+
 
 def monitor(
     run: Annotated[Path, typer.Argument(help="JSONL file of a TrainingMonitor or callback.")],
@@ -16,7 +18,7 @@ def monitor(
     follow: Annotated[
         bool, typer.Option("--follow", help="Go on while the file grows, until Ctrl-C.")
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page, one file for a browser.")] = None,
+    html: Html = None,
     svg: Annotated[Path | None, typer.Option(help="Write the charts, one SVG file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
@@ -30,9 +32,7 @@ def monitor(
     import contextlib
     import json
 
-    from peftkern.cli.frame import InputError, bad_input
-    from peftkern.tools import pages
-    from peftkern.tools.bench import machine
+    from peftkern.cli.frame import InputError, bad_input, check_page, write_page
     from peftkern.tools.monitor import terminal
     from peftkern.tools.monitor.run import Run
     from peftkern.tools.monitor.summary import compare, summary
@@ -42,9 +42,7 @@ def monitor(
     if follow and (as_json or files):
         raise InputError("--follow: accepted without --html, --svg and --json")
     for option, path in files.items():
-        with bad_input():
-            machine.check_target(option, path)
-            pages.require(option)
+        check_page(option, path)
     runs = [Run(path) for path in (run, other) if path is not None]
     with bad_input(), contextlib.suppress(KeyboardInterrupt):
         for one in runs:
@@ -55,9 +53,7 @@ def monitor(
     for option, path in files.items():
         from peftkern.tools.monitor import page
 
-        text = {"--html": page.html, "--svg": page.svg}[option](runs)
-        with bad_input():  # a full disk
-            machine.write_text(path, text)
+        write_page(path, {"--html": page.html, "--svg": page.svg}[option](runs))
     if as_json:
         answer = {"runs": [summary(one) for one in runs]}
         answer["comparison"] = compare(*runs) if runs[1:] else None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from peftkern.tools.plan.plan import Plan, Training
@@ -107,6 +107,7 @@ def plan(
     On eight devices: peftkern plan llama3-70b --devices 8 --shard fsdp2 --fit 80GB
     """
     from peftkern.cli.frame import bad_input, dtype_name, parse_bytes
+    from peftkern.tools import tables
     from peftkern.tools.plan import plan as planning
 
     budget = None if fit is None else parse_bytes("--fit", fit)
@@ -151,9 +152,10 @@ def plan(
         }
         print(json.dumps(report, indent=2))
     else:
-        _print(model, training, found, fitting)
+        console = tables.console()
+        _print(console, model, training, found, fitting)
         if after is not None:
-            _print_compaction(training, after, rates)
+            _print_compaction(console, training, after, rates)
     if fitting is not None and not fitting["fits"]:
         raise typer.Exit(DOES_NOT_FIT)
 
@@ -178,10 +180,11 @@ def _compaction(after: tuple[Plan, Plan], rates: Rates | None) -> dict:
     return found
 
 
-def _print_compaction(training: Training, after: tuple[Plan, Plan], rates: Rates | None) -> None:
-    from rich.console import Console
+def _print_compaction(
+    console: Console, training: Training, after: tuple[Plan, Plan], rates: Rates | None
+) -> None:
+    from peftkern.tools import tables
 
-    console = Console(highlight=False)
     rows = {"trained parameters, million": [plan.trainable / 1e6 for plan in after]}
     for part in ("adapters", "optimizer states"):
         rows[f"{part}, MB"] = [plan.fixed.get(part, 0) / 1e6 for plan in after]
@@ -197,28 +200,24 @@ def _print_compaction(training: Training, after: tuple[Plan, Plan], rates: Rates
         table.add_row(name, f"{pruned:.4g}", f"{compacted:.4g}", f"{share:.1%}")
     text = f"AdaLoRA after its last mask, pruned to {training.target_r} of {training.init_r}"
     text += " triplets a layer, and compacted:"
-    console.print(textwrap.fill(text, console.width), markup=False)
+    tables.say(console, text)
     console.print(table)
     if rates is not None:
         text = f"Each op at {rates}, whichever takes longer, as measured here; what starts an op"
-        text += " comes on top."
-        console.print(textwrap.fill(text, console.width), markup=False)
+        tables.say(console, f"{text} comes on top.")
 
 
-def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> None:
-    from rich.console import Console
+def _print(
+    console: Console, name: str, training: Training, found: Plan, fitting: dict | None
+) -> None:
+    from peftkern.tools import tables
 
     unit, size = ("GB", 1e9) if found.peak >= 1e9 else ("MB", 1e6)
 
     def number(nbytes: int) -> str:
         return f"{nbytes / size:.2f}" if nbytes else "-"
 
-    console = Console(highlight=False)
-
-    def say(text: str) -> None:
-        console.print(textwrap.fill(text, console.width), markup=False)
-
-    say(_describe(name, training, found))
+    tables.say(console, _describe(name, training, found))
     phases = list(found.phases)
     table = _table(console, *phases)
     for part, nbytes in found.fixed.items():
@@ -232,21 +231,23 @@ def _print(name: str, training: Training, found: Plan, fitting: dict | None) -> 
     table.add_section()
     table.add_row("total", *[number(found.totals[phase]) for phase in phases], style="bold")
     shared = f", on each of {training.devices} devices" if training.shard else ""
-    say(f"{unit} at the peak of each phase of a step{shared}:")
+    tables.say(console, f"{unit} at the peak of each phase of a step{shared}:")
     console.print(table)
     if training.shard:
         _print_communication(console, training, found)
     peak = f"{found.peak / 1e9:.2f} GB = {found.peak / 2**30:.2f} GiB"
     if found.peak < 1e9:
         peak = f"{found.peak / 1e6:.2f} MB = {found.peak / 2**20:.2f} MiB"
-    say(f"peak {peak}, in the {_PHASES[found.peak_phase]}")
+    tables.say(console, f"peak {peak}, in the {_PHASES[found.peak_phase]}")
     if fitting is not None:
-        say(_verdict(training, found, fitting))
-    say(_caveat(training))
+        tables.say(console, _verdict(training, found, fitting))
+    tables.say(console, _caveat(training))
 
 
-def _print_communication(console: Any, training: Training, found: Plan) -> None:
+def _print_communication(console: Console, training: Training, found: Plan) -> None:
     """Print what the devices of a plan send each other."""
+    from peftkern.tools import tables
+
     rows = {name: one for name, one in found.communication.items() if one["bytes"]}
     largest = max((one["bytes"] for one in rows.values()), default=0)
     unit, size = ("GB", 1e9) if largest >= 1e9 else ("MB", 1e6)
@@ -258,17 +259,17 @@ def _print_communication(console: Any, training: Training, found: Plan) -> None:
     table.add_row("total", "", f"{total / size:.2f}", style="bold")
     text = f"Communicated in a step by {training.shard}, as a ring does: (N - 1) / N of what is"
     text += " gathered or scattered, 2 (N - 1) / N of what is all-reduced, and as much received:"
-    console.print(textwrap.fill(text, console.width), markup=False)
+    tables.say(console, text)
     console.print(table)
 
 
-def _table(console: Any, *headings: str) -> Table:
+def _table(console: Console, *headings: str) -> Table:
     """Build a table of numbers beside names; on a narrow terminal without lines and with one space
     between columns, so that no word breaks at 40."""
     from rich import box
     from rich.table import Table
 
-    from peftkern.cli.frame import NARROW
+    from peftkern.tools.tables import NARROW
 
     narrow = console.width < NARROW
     lines = None if narrow else box.HEAVY_HEAD

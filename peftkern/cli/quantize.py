@@ -15,11 +15,12 @@ from peftkern.cli.frame import (
     InputError,
     checkpoint_run,
     dtype_name,
+    model_packages,
     parse_bytes,
     present_device,
     progress_bar,
 )
-from peftkern.cli.options import Json
+from peftkern.cli.options import Force, Json, ShardSize
 
 if TYPE_CHECKING:
     from peftkern.tools.quantize.file_plan import Choice, Plan, Size
@@ -70,11 +71,9 @@ def quantize(
             " has tensors of its own like a linear layer.",
         ),
     ] = True,
-    shard_size: Annotated[str, typer.Option(help="Largest size of a file: 5GB or 500MiB.")] = "5GB",
+    shard_size: ShardSize = "5GB",
     device: Annotated[str, typer.Option(help="Where to quantize: cpu, cuda or cuda:N.")] = "cpu",
-    force: Annotated[
-        bool, typer.Option("--force", help="Replace the checkpoint in DST, or an unfinished run.")
-    ] = False,
+    force: Force = False,
     partial: Annotated[
         bool, typer.Option("--partial", help="Go on if most parameters stay as they are.")
     ] = False,
@@ -83,13 +82,13 @@ def quantize(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Quantize a safetensors checkpoint to 4 bits. Peak memory: about one file.
+    """Quantize a safetensors checkpoint to 4 bits.
 
-    DST loads with transformers' from_pretrained: in nf4 and fp4 with bitsandbytes installed, nf4
-    experts after `from peftkern.integrations.transformers import NF4ExpertsConfig`; gpt-oss in
-    mxfp4 as OpenAI ships it. Linear layers in mxfp4, nvfp4 and int4, for which there is no
-    standard, are in peftkern's own layout and load after `from peftkern.integrations.transformers
-    import BlockLinearConfig`.
+    Peak memory: about one file. DST loads with transformers' from_pretrained: in nf4 and fp4 with
+    bitsandbytes installed, nf4 experts after `from peftkern.integrations.transformers import
+    NF4ExpertsConfig`; gpt-oss in mxfp4 as OpenAI ships it. Linear layers in mxfp4, nvfp4 and int4,
+    for which there is no standard, are in peftkern's own layout and load after `from
+    peftkern.integrations.transformers import BlockLinearConfig`.
 
     The linear layers that transformers itself would quantize are in 4 bits, and experts in nf4, of
     gpt-oss in mxfp4, too; all else is copied, tokenizer and sub-folders included, but for weights
@@ -108,16 +107,11 @@ def quantize(
     _check_format(format, double_quant, compute_dtype)
     if compute_dtype is not None:
         compute_dtype = DTYPES[dtype_name("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)]
-    try:
+    with model_packages():
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
         from peftkern.tools.quantize.file_plan import Options, plan_files
         from peftkern.tools.quantize.linear_weights import find_weights
         from peftkern.tools.quantize.quantized_checkpoint import check_request, quantize_checkpoint
-    except ImportError as error:
-        raise InputError(
-            "expected transformers 5 or newer, accelerate and bitsandbytes, which say what is "
-            f"quantized: pip install -U 'peftkern[peft]' ({error})"
-        ) from None
     with checkpoint_run(destination, "format", "blocksize", "skip"):
         own = {"double_quant": double_quant, "shard_bytes": shard_bytes, "device": device}
         options = Options.of(format, blocksize, **own)

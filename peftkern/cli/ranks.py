@@ -11,13 +11,15 @@ import typer
 from peftkern.cli.frame import (
     InputError,
     bad_input,
+    check_page,
     checkpoint_run,
-    missing_models,
+    model_packages,
     parse_bytes,
     present_device,
     progress_bar,
+    write_page,
 )
-from peftkern.cli.options import Certify, Device, Json, Length, RsLora, Seed
+from peftkern.cli.options import Certify, Device, Html, Json, Length, RsLora, Seed
 
 if TYPE_CHECKING:
     from peftkern.integrations.peft.rank_report import RankReport
@@ -82,7 +84,7 @@ def ranks(
     ] = "4GB",
     seed: Seed = 0,
     device: Device = "cpu",
-    html: Annotated[Path | None, typer.Option(help="Write a page, one file for a browser.")] = None,
+    html: Html = None,
     as_json: Json = False,
 ) -> None:
     """Choose the rank of each layer within the budget of LoRA, and print a LoraConfig for it.
@@ -114,20 +116,12 @@ def ranks(
         raise InputError(f"--data: expected {expected} for {by}, got {data or 'none'}")
     statistics_bytes = parse_bytes("--memory", memory)
     device = str(present_device(device))
-    if html is not None:
-        from peftkern.tools import pages
-        from peftkern.tools.bench import machine
-
-        with bad_input():
-            machine.check_target("--html", html)
-            pages.require("--html")
-    try:
+    check_page("--html", html)
+    with model_packages():
         from peftkern.functional.rank_allocation import COSTS
         from peftkern.functional.truncated_svd import check_options
         from peftkern.methods.rank_choice import LoraBudget
         from peftkern.tools.ranks.choose import Settings
-    except ImportError as error:
-        raise missing_models(error) from None
     if cost not in COSTS:
         raise InputError(f"--cost: expected one of {', '.join(COSTS)}, got {cost!r}")
     with bad_input(*_OPTIONS):
@@ -139,8 +133,7 @@ def ranks(
     if html is not None:
         from peftkern.tools.ranks import page
 
-        with bad_input():  # a full disk
-            machine.write_text(html, page.html(found, str(source)))
+        write_page(html, page.html(found, str(source)))
     if as_json:
         print(json.dumps({"source": str(source), **found.as_dict()}, indent=2))
     else:

@@ -109,18 +109,16 @@ def _run(job: Job) -> Outcome:
 
 
 def _print(outcome: Outcome) -> None:
-    from rich.console import Console
+    from peftkern.tools import tables
 
-    from peftkern.cli.frame import section, table
-
-    console = Console(highlight=False, markup=False)
-    shown = table("layer", "forward", "training", "served by", "")
+    console = tables.console()
+    shown = tables.table("layer", "forward", "training", "served by", "")
     for row in outcome.rows:
         ratios = ["-" if x is None else f"{x:.2f}" for x in (row.forward, row.training)]
         note = row.why if row.forward is None else "known before" if row.known else ""
         style = None if row.side == "peftkern" else "yellow"
         shown.add_row(row.title, *ratios, row.side, note, style=style)
-    section(console, "Time of ours over PEFT's, and who serves", shown)
+    tables.section(console, "Time of ours over PEFT's, and who serves", shown)
     for name, size in outcome.crossovers.items():
         if name.startswith("few_rows"):
             console.print(f"{name}: up to {size:,} rows take the path of few rows")

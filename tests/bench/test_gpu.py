@@ -16,6 +16,7 @@ from dataclasses import replace
 from multiprocessing.pool import AsyncResult, Pool
 
 import contests
+import folders
 import gpu
 import make_tables
 import pytest
@@ -123,7 +124,7 @@ def test_json_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 )
 def test_folder_is_named_after_the_machine(facts, folder):
     cpu = {"gpu": None, "cpu": "Some CPU", "isa": "avx2", "threads": 2}
-    assert machine.slug({**cpu, **facts}) == folder
+    assert folders.slug({**cpu, **facts}) == folder
 
 
 def test_slow_calls_are_repeated_as_little_as_they_must():

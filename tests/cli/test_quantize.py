@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 from waiting import wait_until
 
 from peftkern.cli import main
+from peftkern.tools.checkpoints import staging
 from peftkern.tools.checkpoints.staging import WORK
-from peftkern.tools.quantize import quantized_checkpoint
 from peftkern.tools.quantize.quantized_checkpoint import MANIFEST
 
 
@@ -192,14 +192,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, capfd, options, comp
 HALTING = """
 import sys, time
 from peftkern import cli
-from peftkern.tools.quantize import quantized_checkpoint
-save_file, begun = quantized_checkpoint.save_file, []
+from peftkern.tools.checkpoints import staging
+save_file, begun = staging.save_file, []
 def halting(*args, **options):
     begun.append(args)
     if len(begun) > 2:
         time.sleep(3600)
     save_file(*args, **options)
-quantized_checkpoint.save_file = halting
+staging.save_file = halting
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -235,7 +235,7 @@ def stopped(arguments: list[str]) -> str:
 
 
 def dies_at_its_third_file(arguments: list[str]) -> None:
-    save_file, begun = quantized_checkpoint.save_file, []
+    save_file, begun = staging.save_file, []
 
     def dying(*given, **options):
         begun.append(given)
@@ -243,7 +243,7 @@ def dies_at_its_third_file(arguments: list[str]) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         save_file(*given, **options)
 
-    quantized_checkpoint.save_file = dying
+    staging.save_file = dying
     main(arguments)
 
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from peftkern.methods.low_rank_algebra import Loss, total_error
+from peftkern.tools import tables
 from peftkern.tools.adapters.inspect import labels
 
 
@@ -32,14 +29,10 @@ def show(
 
     change: of extracted updates, |W_tuned - W_base|_F / |W_base|_F of each.
     """
-    console = Console(highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="dim")
-    table.add_column("module", overflow="fold")
     last = "next/top" if change is None else "change"
     columns = ("rank", "kept", "lost energy", "error", last)
     columns = columns if per_layer else ("updates", *columns[:-1], "worst", last)
-    for column in columns:
-        table.add_column(column, justify="right", overflow="fold")
+    table = tables.table("module", *columns, numbers=True)
     kinds = labels(losses)
     groups: dict[str, list[str]] = {}
     for key in losses:
@@ -47,13 +40,12 @@ def show(
     if len(groups) > 1:
         groups["all"] = list(losses)
     for name, keys in groups.items():
-        if name == "all":
-            table.add_section()
         cells = _cells([losses[key] for key in keys])
         if change is not None:
             cells["change"] = f"{max(change[key] for key in keys):.4f}"
-        table.add_row(name, *(cells[column] for column in columns))
-    console.print(table)
+        style = "bold" if name == "all" and len(groups) > 1 else None
+        table.add_row(name, *(cells[column] for column in columns), style=style)
+    tables.console().print(table)
 
 
 def _cells(losses: Sequence[Loss]) -> dict[str, str]:

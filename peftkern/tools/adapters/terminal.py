@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from peftkern.tools import tables
 from peftkern.tools.adapters.inspect import Inspection, Row, Spectrum, labels, method, rows
 
 _SHOWN = 6  # of the other tensors
@@ -20,7 +18,7 @@ COLUMNS = ("size", "rank", "true", "scaling", "|D|", "energy", "stable", "effect
 
 def show(found: Inspection, per_layer: bool, experts: bool) -> None:
     """Print an inspection: a row for each kind of module, or for each layer, or each expert."""
-    console = Console(highlight=False)
+    console = tables.console()
     kinds = labels(one.key for one in found.spectra)
 
     def named(one: Spectrum) -> str:
@@ -33,23 +31,19 @@ def show(found: Inspection, per_layer: bool, experts: bool) -> None:
     shared = [c for c in _STATED if len(listed) > 1 and len(set(columns[c])) == 1]
     _say(console, [*heading(found), *_every(shared, columns)])
     prefix = shared_start([row.name for row in listed])
-    table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim")
-    table.add_column(prefix or "module", overflow="fold")
+    names = [row.name.removeprefix(prefix) for row in listed]
     shown = [column for column in columns if column not in shared]
-    for column in shown:
-        table.add_column(column, justify="right", overflow="fold")
-    for number, row in enumerate(listed):
-        name = Text(row.name.removeprefix(prefix))  # with no markup in it
-        table.add_row(name, *(columns[column][number] for column in shown))
+    cut = zip(names, *(columns[column] for column in shown), strict=True)
     console.print()
+    table = tables.table(prefix or "module", *shown, rows=cut, numbers=True)
+    table.collapse_padding = True
     console.print(table)
     _say(console, remarks(found))
 
 
 def _say(console: Console, lines: Iterable[str]) -> None:
-    for line in lines:
-        line = line if line.isprintable() else ascii(line)  # a config may hold anything
-        console.print(textwrap.fill(line, console.width), markup=False)
+    for line in lines:  # a config may hold anything
+        tables.say(console, line if line.isprintable() else ascii(line))
 
 
 def _every(shared: list[str], columns: dict[str, tuple[str, ...]]) -> Iterator[str]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-import json
 import os
 import shlex
 import signal
@@ -21,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from peftkern.tools import pages
+from peftkern.tools import pages, tables
 from peftkern.tools.bench import compare, machine, providers, terminal, training_step
 from peftkern.tools.bench.cases import (
     DTYPES,
@@ -236,7 +235,7 @@ def tell(record: Record, outputs: Outputs) -> int:
     minute.
     """
     on_terminal = sys.stdout.isatty() or "COLUMNS" in os.environ
-    console = Console(width=None if on_terminal else PIPED_WIDTH, highlight=False)
+    console = tables.console(None if on_terminal else PIPED_WIDTH)
     unwritten = None
     try:
         write(record, outputs)
@@ -353,7 +352,7 @@ def print_commands(record: Record) -> None:
 def write(record: Record, outputs: Outputs) -> None:
     """Write the requested files, each atomically."""
     if outputs.json is not None:
-        machine.write_text(outputs.json, json.dumps(record, allow_nan=False) + "\n")
+        machine.write_json(outputs.json, record, allow_nan=False)
     if outputs.csv is not None:
         machine.write_text(outputs.csv, as_csv(record))
     if outputs.html is not None:

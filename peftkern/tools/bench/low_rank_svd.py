@@ -1,12 +1,12 @@
 """SVD of many layers' updates beside torch's ways to compute it, as cases of `peftkern bench`.
 
 The composition is QR of both factors, SVD of the r x r product, and two products. Batched, on
-tensors stacked beforehand, it needs layers of one shape; `from lists` stacks them, too.
+tensors stacked beforehand, it needs layers of one shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -52,49 +52,6 @@ def composition(B: Tensor, A: Tensor, vectors: bool, driver: str | None = None) 
     return Q_B @ U, S, Vh @ Q_A.mT
 
 
-def composition_out(B: Tensor, A: Tensor, out: Sequence[Tensor]) -> SVD:
-    """Compose the SVD in the memory that `room` has made."""
-    Q_B, R_B, Q_A, R_A, core, left, S, right, U, Vh = out
-    torch.linalg.qr(B, out=(Q_B, R_B))
-    torch.linalg.qr(A.mT, out=(Q_A, R_A))
-    torch.matmul(R_B, R_A.mT, out=core)
-    torch.linalg.svd(core, out=(left, S, right))
-    torch.matmul(Q_B, left, out=U)
-    torch.matmul(right, Q_A.mT, out=Vh)
-    return U, S, Vh
-
-
-def room(B: Tensor, A: Tensor) -> list[Tensor]:
-    (layers, m, r), n = B.shape, A.shape[2]
-    small = (r, r)
-    shapes = ((m, r), small, (n, r), small, small, small, (r,), small, (m, r), (r, n))
-    return [B.new_zeros(layers, *shape) for shape in shapes]
-
-
-def composed_out(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    """Build the composition with results in given memory."""
-
-    def layer() -> Layer:
-        B, A = tensors["B"].clone(), tensors["A"].clone()
-        out = room(B, A)
-        call = lambda: composition_out(B, A, out)  # noqa: E731
-        return Layer(call, collect=lambda svd: named(problem, svd), no_graph=WAITS)
-
-    return [layer() for _ in range(copies)]
-
-
-def ours_out(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-    """Build peftkern's SVD with results in given memory."""
-
-    def layer() -> Layer:
-        B, A = (list(tensors[name].clone().unbind()) for name in ("B", "A"))
-        out = functional.low_rank_svd(B, A)
-        call = lambda: functional.low_rank_svd(B, A, out=out)  # noqa: E731
-        return Layer(call, collect=lambda svd: named(problem, svd), no_graph=ADDRESSES)
-
-    return [layer() for _ in range(copies)]
-
-
 def build_by(run: Callable[[Tensor, Tensor, bool], SVD], why: str, lists: bool = False) -> Callable:
     """Return a provider's function for `run(B, A, vectors)` of stacks, or of lists of matrices."""
 
@@ -117,10 +74,5 @@ def _ours(B: list[Tensor], A: list[Tensor], vectors: bool) -> SVD:
     return None, functional.low_rank_svdvals(B, A), None
 
 
-def _from_lists(B: list[Tensor], A: list[Tensor], vectors: bool) -> SVD:
-    return composition(torch.stack(B), torch.stack(A), vectors)
-
-
 ours = build_by(_ours, ADDRESSES, lists=True)
 composed = build_by(composition, WAITS)
-from_lists = build_by(_from_lists, WAITS, lists=True)

@@ -9,6 +9,7 @@ import platform
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,21 +102,10 @@ def gpu(device: torch.device) -> dict:
     }
 
 
-def slug(machine: dict) -> str:
-    """Return a folder name for the device: "h200", "intel-xeon-processor-amx-bf16-2-threads"."""
-    if machine.get("gpu"):
-        text = re.sub(r"^(NVIDIA|AMD)\s+", "", machine["gpu"]["name"])
-    else:
-        name = re.sub(r"\((R|TM|C)\)", "", machine["cpu"], flags=re.IGNORECASE)
-        text = f"{name} {machine['isa'] or 'no native'} {machine['threads']} threads"
-        text += " interpreter" if machine.get("interpreter") else ""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
-def write_json(path: Path, record: object, indent: int | None = None) -> None:
-    """Write JSON atomically."""
+def write_json(path: Path, record: object, **how: Any) -> None:
+    """Write JSON atomically; how: as for `json.dumps`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps(record, indent=indent) + "\n")
+    write_text(path, json.dumps(record, **how) + "\n")
 
 
 def check_target(option: str, path: Path) -> None:

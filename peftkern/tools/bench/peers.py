@@ -14,21 +14,16 @@ from collections.abc import Callable
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import peftkern
-from peftkern.backends.dropout import philox_keep
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import NF4Weight
-from peftkern.functional.arguments import draw_keep
 from peftkern.layers import BlockLinear, NF4Linear
 from peftkern.tools.bench.base_layers import prequantized
 from peftkern.tools.bench.cases import SCALING, Problem
 from peftkern.tools.bench.data import grouped_mm
-
-SEED = 5  # of the random numbers of a checked call
 
 
 @functools.cache
@@ -156,15 +151,3 @@ def compiled(layers: list[nn.Module]) -> list[Callable[[Tensor], Tensor]]:
     torch._dynamo.reset()  # else a second number of rows compiles dynamic shapes
     run = torch.compile(lambda layer, x: layer(x))
     return [functools.partial(run, layer) for layer in layers]
-
-
-def kept(x: Tensor, problem: Problem, patched: bool) -> Tensor:
-    """Return the mask of dropout in the first call after torch.manual_seed(SEED)."""
-    torch.manual_seed(SEED)
-    if patched:
-        keep = draw_keep(x, problem.dropout)
-        if keep.dtype is torch.bool:
-            return keep
-        return philox_keep(keep, *x.shape, problem.dropout)
-    ones = torch.ones_like(x, dtype=getattr(torch, problem.adapter_dtype))
-    return F.dropout(ones, problem.dropout) != 0

@@ -2,8 +2,7 @@
 
 rosa_sddmm: the gradient of the values, dy.T @ x at the mask's places alone; `dense dW` makes all of
 it and gathers. rosa_forward: y = x (W + S).T; `dense W + S` writes the sum at each call, as the
-values have changed since the last, and multiplies once; torch.sparse adds a CSR product to x W.T,
-or samples dy.T @ x.
+values have changed since the last, and multiplies once.
 """
 
 from __future__ import annotations
@@ -63,22 +62,7 @@ def _ours_forward(tensors: Tensors, x: Tensor, dy: Tensor) -> Tensor:
     return y
 
 
-def _csr(tensors: Tensors, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    return torch.sparse_csr_tensor(tensors["crow"], tensors["col"], values, shape)
-
-
-def _sparse_gradient(tensors: Tensors, x: Tensor, dy: Tensor) -> Tensor:
-    S = _csr(tensors, tensors["mask_values"], (dy.shape[1], x.shape[1]))
-    return torch.sparse.sampled_addmm(S, dy.T, x, beta=0.0).values()
-
-
-def _sparse_forward(tensors: Tensors, x: Tensor, dy: Tensor) -> Tensor:
-    weight = tensors["weight"]
-    S = _csr(tensors, tensors["mask_values"].to(x.dtype), weight.shape)
-    return F.linear(x, weight) + (S @ x.T).T
-
-
-def _build(gradient: Callable, forward: Callable) -> Callable:
+def build_by(gradient: Callable, forward: Callable) -> Callable:
     def build(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
         call = gradient if problem.op == "rosa_sddmm" else forward
 
@@ -91,6 +75,5 @@ def _build(gradient: Callable, forward: Callable) -> Callable:
     return build
 
 
-ours = _build(_ours_gradient, _ours_forward)
-composed = _build(_dense_gradient, _dense_forward)
-torch_sparse = _build(_sparse_gradient, _sparse_forward)
+ours = build_by(_ours_gradient, _ours_forward)
+composed = build_by(_dense_gradient, _dense_forward)

@@ -8,6 +8,7 @@ without it nothing loads the folder.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftkern.formats.json_files import read_json
-from peftkern.tools.checkpoints.checkpoint import CONFIG, CheckpointError
+from peftkern.tools.checkpoints.checkpoint import CONFIG, Checkpoint, CheckpointError
 
 try:
     import fcntl
@@ -68,9 +69,20 @@ def _check_place(destination: Path, name: str) -> None:
             raise CheckpointError(f"{path}: expected a folder or nothing, got a link or a file")
 
 
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Return what changes when somebody writes to the config or the weights."""
+    states = [(path.name, path.stat()) for path in checkpoint.files]
+    files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
+    return hashlib.sha256(json.dumps([files, checkpoint.config]).encode()).hexdigest()
+
+
 @contextlib.contextmanager
 def work_folder(destination: Path, identity: dict[str, Any], force: bool) -> Iterator[Path]:
-    """Open the work folder of this run, new or resumed, locked against a second process."""
+    """Open the work folder of this run, new or resumed, locked against a second process.
+
+    A CheckpointError inside leaves nothing of it: the request cannot be met, and no run resumes.
+    """
+    created = not destination.exists()
     identity = json.loads(json.dumps(identity))
     work = destination / WORK
     work.mkdir(parents=True, exist_ok=True)
@@ -89,7 +101,14 @@ def work_folder(destination: Path, identity: dict[str, Any], force: bool) -> Ite
                 )
             clear_folder(work, keep=("lock",))
         replace_json(work / "run.json", identity)
-        yield work
+        try:
+            yield work
+        except CheckpointError:
+            shutil.rmtree(work)
+            with contextlib.suppress(OSError):
+                if created:
+                    destination.rmdir()
+            raise
 
 
 def clear_folder(folder: Path, keep: Collection[str]) -> None:

@@ -8,7 +8,6 @@ since.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -82,23 +81,15 @@ def merge_checkpoint(
     plan = plan_merge(checkpoint, adapters, options)
     check_destination(checkpoint, destination, plan, force)
     identity = _identity(checkpoint, adapters, options)
-    created = not destination.exists()
     with staging.work_folder(destination, identity, force) as work:
-        try:
-            summary = _write(work, plan, options, progress)
-            if _identity(checkpoint, adapters, options) != identity:
-                raise CheckpointError(f"{checkpoint.folder}: changed while it was read")
-            files = work / staging.FILES
-            staging.copy_files(checkpoint.folder, files, plan.companions.copied)
-            if options.residual:
-                _write_residual(work, plan, destination)
-            staging.replace_json(files / CONFIG, plan.config)
-        except CheckpointError:
-            shutil.rmtree(work)
-            with contextlib.suppress(OSError):
-                if created:
-                    destination.rmdir()
-            raise
+        summary = _write(work, plan, options, progress)
+        if _identity(checkpoint, adapters, options) != identity:
+            raise CheckpointError(f"{checkpoint.folder}: changed while it was read")
+        files = work / staging.FILES
+        staging.copy_files(checkpoint.folder, files, plan.companions.copied)
+        if options.residual:
+            _write_residual(work, plan, destination)
+        staging.replace_json(files / CONFIG, plan.config)
         staging.publish(work, destination, {file.name for file in plan.files})
     return summary
 
@@ -111,11 +102,8 @@ def check_destination(checkpoint: Checkpoint, destination: Path, plan: Plan, for
 
 def _identity(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> dict[str, Any]:
     """Return what a run must have in common with the one that it resumes."""
-    states = [(path.name, path.stat()) for path in checkpoint.files]
-    files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    text = json.dumps([files, checkpoint.config])
     return {
-        "source": hashlib.sha256(text.encode()).hexdigest(),
+        "source": staging.fingerprint(checkpoint),
         "set of adapters": [[_digest(adapter), weight] for adapter, weight in adapters],
         **asdict(options),
     }

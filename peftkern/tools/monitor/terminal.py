@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from peftkern.monitor.records import line_of, name_of, value_text
+from peftkern.tools import tables
 from peftkern.tools.monitor.run import MOVED, Run
 from peftkern.tools.monitor.summary import COUNTED, counts, losses_apart, names, state, table
 
@@ -22,7 +23,7 @@ REFRESH_SECONDS = 1.0
 
 def show(runs: Sequence[Run]) -> None:
     """Print what has been read."""
-    console = Console(highlight=False, markup=False)
+    console = tables.console()
     console.print(_view(runs, console))
 
 
@@ -31,7 +32,7 @@ def follow(runs: Sequence[Run]) -> None:
 
     Raises: as `Run.read`.
     """
-    console = Console(highlight=False, markup=False)
+    console = tables.console()
     if not console.is_terminal:
         console.print(_view(runs, console))
         while not all(run.finished for run in runs):
@@ -85,24 +86,17 @@ def _view(runs: Sequence[Run], console: Console) -> Group:
     if any(run.points for run in runs):
         levels = ASCII if console.options.ascii_only else BLOCKS
         parts += [_charts(runs, console.width, levels), Text()]
-        parts.append(_grid(["", *called, "ratio"] if runs[1:] else ["", ""], table(runs)))
+        columns = ["", *called, "ratio"] if runs[1:] else ["", ""]
+        parts.append(tables.table(*columns, rows=table(runs)))
         parts += [Text(losses_apart(*runs))] if runs[1:] else []
         for name, run in zip(called, runs, strict=True):
             title = f" of {name}" if runs[1:] else ""
             parts += _ranks(run, console.width, levels, title)
         for of, title in COUNTED.items():
             if rows := counts(runs, of):
-                parts += [Text(), _grid([title, *(called if runs[1:] else [""])], rows)]
+                columns = [title, *(called if runs[1:] else [""])]
+                parts += [Text(), tables.table(*columns, rows=rows)]
     return Group(*parts)
-
-
-def _grid(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    grid = Table(box=None, pad_edge=False, show_header=any(columns), header_style="dim")
-    for column in columns:
-        grid.add_column(column, overflow="fold")
-    for row in rows:
-        grid.add_row(*row)
-    return grid
 
 
 def _charts(runs: Sequence[Run], width: int, levels: str) -> Table:
@@ -145,7 +139,7 @@ def _ranks(run: Run, width: int, levels: str, title: str) -> list[RenderableType
     for kind, (at, means) in curves.items():
         (line,) = plot(at, means, span, (0.0, most), (width // 2, 1), levels)
         rows.append([kind, f"{means[0]:.3g} to {means[-1]:.3g}", line])
-    return [Text(), _grid([f"mean rank{title}", "", ""], rows), *_masks(run)]
+    return [Text(), tables.table(f"mean rank{title}", "", "", rows=rows), *_masks(run)]
 
 
 def _masks(run: Run) -> list[RenderableType]:

@@ -8,12 +8,9 @@ ends with the same files.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -21,8 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from peftkern.formats.block_weight import QuantizedWeight
@@ -129,26 +124,18 @@ def quantize_checkpoint(
     plan = plan_files(checkpoint, choice, options)
     identity = _identity(checkpoint, choice, quantization_config, options, rewriter)
     summary = check_request(checkpoint, destination, plan, force, rewriter)
-    created = not destination.exists()
     with staging.work_folder(destination, identity, force) as work:
         notes = _read_manifest(work)
-        try:
-            resumed = _write(work, plan, notes, options, progress, rewriter)
-            if _identity(checkpoint, choice, quantization_config, options, rewriter) != identity:
-                raise CheckpointError(f"{checkpoint.folder}: changed while it was read")
-            staging.copy_files(checkpoint.folder, work / staging.FILES, summary.copied)
-            config = dict(checkpoint.config)
-            if quantization_config is not None:
-                config["quantization_config"] = dict(quantization_config)
-            if rewriter is not None:
-                rewriter.complete(work, work / staging.FILES)
-            staging.replace_json(work / staging.FILES / CONFIG, config)
-        except CheckpointError:
-            shutil.rmtree(work)
-            with contextlib.suppress(OSError):
-                if created:
-                    destination.rmdir()
-            raise
+        resumed = _write(work, plan, notes, options, progress, rewriter)
+        if _identity(checkpoint, choice, quantization_config, options, rewriter) != identity:
+            raise CheckpointError(f"{checkpoint.folder}: changed while it was read")
+        staging.copy_files(checkpoint.folder, work / staging.FILES, summary.copied)
+        config = dict(checkpoint.config)
+        if quantization_config is not None:
+            config["quantization_config"] = dict(quantization_config)
+        if rewriter is not None:
+            rewriter.complete(work, work / staging.FILES)
+        staging.replace_json(work / staging.FILES / CONFIG, config)
         staging.publish(work, destination, plan.files)
     error, name = max(((note.error, note.name) for note in notes.values()), default=(0.0, ""))
     return replace(summary, resumed=resumed, largest_error=error, largest_error_name=name)
@@ -182,11 +169,8 @@ def _identity(
     rewriter: Rewriter | None,
 ) -> dict[str, Any]:
     """Return what a run must have in common with the one that it resumes."""
-    states = [(path.name, path.stat()) for path in checkpoint.files]
-    files = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    text = json.dumps([files, checkpoint.config])
     return {
-        "source": hashlib.sha256(text.encode()).hexdigest(),
+        "source": staging.fingerprint(checkpoint),
         **asdict(options),
         "choice of tensors": [sorted(choice.linear.items()), sorted(choice.stacks.items())],
         "quantization_config": dict(quantization_config or {}),
@@ -266,11 +250,7 @@ def _write_file(
             largest = max(largest, (error, unit.name))
         progress(unit.nbytes_before, unit.name)
     temporary = path.with_name(path.name + ".new")
-    try:
-        save_file(tensors, temporary, metadata=_METADATA)
-    except SafetensorError as error:  # its own for those of the system
-        raise OSError(f"{path}: {error}") from error
-    staging.sync_file(temporary)
+    staging.save_tensors(tensors, temporary, _METADATA)
     digest = _digest(_METADATA, sorted(tensors.items()))
     if _digest_file(temporary) != digest:
         raise OSError(f"{path}: what was written reads back differently: a faulty disk?")

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 
-SUFFIX = ".py"
 _NAME = "peftkern_ranks_program"  # of the module, which is not "__main__"
 
 

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from peftkern.integrations.peft.rank_report import RankReport
 from peftkern.methods.rank_choice import LayerRank
+from peftkern.tools import tables
 from peftkern.tools.adapters.terminal import shared_start
 
 _BAR = 16  # columns of the largest rank
-_WHOLE, _ROOM = 60, 100  # columns of a terminal from which on names are whole, and bars are drawn
+_ROOM = 100  # columns of a terminal from which on bars are drawn
 KEPT = {
     "weights": "of |W|^2",
     "activations": "of inputs",
@@ -55,22 +52,17 @@ def remarks(found: RankReport) -> Iterator[str]:
 
 def show(found: RankReport) -> None:
     """Print ranks, what they are worth, and the config."""
-    console = Console(highlight=False)
-    drawn = console.width >= _ROOM
-    table = Table(box=None, pad_edge=False, header_style="dim")
+    console = tables.console()
     prefix = shared_start([layer.name for layer in found.layers])
-    table.add_column(prefix or "layer", overflow="fold", no_wrap=console.width >= _WHOLE)
-    for name in columns(found):
-        table.add_column(name, justify="right", overflow="fold")
+    table = tables.table(prefix or "layer", *columns(found), whole=1, numbers=True)
     most = max(layer.rank for layer in found.layers)
     for layer in found.layers:
-        bar = ("█" * round(_BAR * layer.rank / most),) if drawn else ()
-        table.add_row(
-            Text(layer.name.removeprefix(prefix)), *(text for text, _ in cells(layer)), *bar
-        )
+        bar = ["█" * round(_BAR * layer.rank / most)] if console.width >= _ROOM else []
+        texts = (text for text, _ in cells(layer))
+        table.add_row(layer.name.removeprefix(prefix), *texts, *bar)
     console.print(table)
     console.print()
     for line in (*remarks(found), str(found)):
-        console.print(line, markup=False)
+        console.print(line)
     console.print()
     print(found.python(), end="")  # not wrapped, to be pasted

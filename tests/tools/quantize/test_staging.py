@@ -17,7 +17,6 @@ from quantized_folders import FILES_OF_SMALL, SMALL, convert_small, refused, sto
 
 from peftkern.tools.checkpoints import staging
 from peftkern.tools.checkpoints.staging import FILES, WORK
-from peftkern.tools.quantize import quantized_checkpoint
 from peftkern.tools.quantize.quantized_checkpoint import MANIFEST
 
 BESIDE = {  # what is copied; test_companions.py has the layouts of repositories
@@ -226,7 +225,7 @@ def test_second_process_is_refused(tmp_path, small):
 
 @pytest.mark.parametrize("words", ["reads back differently", "File too large"])
 def test_disk_that_returns_other_bytes_or_is_full(tmp_path, small, monkeypatch, words):
-    out, save_file = tmp_path / "out", quantized_checkpoint.save_file
+    out, save_file = tmp_path / "out", staging.save_file
 
     def faulty(tensors: dict, path: Path, metadata: dict) -> None:
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -240,7 +239,7 @@ def test_disk_that_returns_other_bytes_or_is_full(tmp_path, small, monkeypatch, 
         path.write_bytes(data)
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match=words):
-        patch.setattr(quantized_checkpoint, "save_file", faulty)
+        patch.setattr(staging, "save_file", faulty)
         convert_small(small, out)
     assert [path.name for path in out.iterdir()] == [WORK]
     assert convert_small(small, out).resumed == 0
