@@ -101,6 +101,7 @@ def init(
     device = str(present_device(device))
     with model_packages():
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
+        from peftkern.tools.checkpoints.decoded import decoded
         from peftkern.tools.initialize import checkpoint, from_text
         from peftkern.tools.initialize.rank_file import read_ranks
         from peftkern.tools.initialize.request import Request
@@ -111,7 +112,7 @@ def init(
         if ranks is not None:
             how, names = read_ranks(ranks)
         request = Request(method, tol=tol, certify=certify, steps=steps, seed=seed, **how)
-        base = read_checkpoint(source)
+        base = decoded(read_checkpoint(source, quantized=method in FROM_WEIGHTS))
         if method in FROM_DATA:
             sizes = {"most": texts, "length": length, "shard_bytes": shard_bytes}
             job = from_text.prepare(

@@ -142,6 +142,10 @@ def _report(summary: Summary, destination: Path) -> Iterator[str]:
         f"{total.survival:.1%} of the update survives rounding, which has an error of "
         f"{total.relative_error:.2%} of the weights, {total.error_of_update:.1%} of the update"
     )
+    if summary.others:
+        error = summary.total_of_others.relative_error
+        others = _number(len(summary.others), "other weight")
+        yield f"{others} quantized, with an error of {error:.2%} of the weights"
     if plan.unfit:
         more = f" and {len(plan.unfit) - _SHOWN} more" * (len(plan.unfit) > _SHOWN)
         yield f"dense, as their rows are not whole blocks: {', '.join(plan.unfit[:_SHOWN])}{more}"
@@ -167,6 +171,7 @@ def _record(summary: Summary, survived: bool) -> dict[str, Any]:
         "survived": survived,
         "total": _change(summary.total),
         "weights": {name: _change(change) for name, change in summary.changes.items()},
+        "others": {name: change.relative_error for name, change in summary.others.items()},
         "untied": {untied.parameter: untied.source for untied in plan.untied},
         "files": {file.name: file.nbytes for file in plan.files},
         "resumed_files": summary.resumed,

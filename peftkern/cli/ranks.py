@@ -89,8 +89,8 @@ def ranks(
 ) -> None:
     """Choose the rank of each layer within the budget of LoRA, and print a LoraConfig for it.
 
-    By the spectra of the weights, dense or NF4, read one at a time; or, with the model loaded and
-    texts run through it, by the variance of the inputs that ranks explain, by the gradient's
+    By the spectra of the weights, dense or in 4 bits, read one at a time; or, with the model loaded
+    and texts run through it, by the variance of the inputs that ranks explain, by the gradient's
     spectra, or by GoRA's importance. `peftkern init --ranks` starts an adapter with what --json
     prints.
 
@@ -152,13 +152,14 @@ def _choose(
 ) -> RankReport:
     """Choose the ranks of a model's layers. Raises: InputError."""
     from peftkern.tools.checkpoints.checkpoint import read_checkpoint
+    from peftkern.tools.checkpoints.decoded import decoded
     from peftkern.tools.ranks import choose
 
     with checkpoint_run(None, *_OPTIONS):
         if source.suffix == ".py":
             sizes.pop("length")  # of a text
             return choose.from_file(source, settings, names, **sizes, device=device)
-        base = read_checkpoint(source, quantized=True)
+        base = decoded(read_checkpoint(source, quantized=True))
         if data is not None:
             return choose.from_texts(base, settings, data, names, **sizes, device=device)
         with progress_bar(base.nbytes) as progress:

@@ -2,8 +2,8 @@
 
 What gets past `parse_json` can be printed, compared and written again without a surprise:
 `json.loads` alone also returns lists nested so deeply that `repr` or `json.dumps` fails on them,
-and text that no encoding takes. NaN and Infinity are let through, since configs of transformers
-hold them; who needs a number has to check it.
+integers that no float holds, and text that no encoding takes. NaN and Infinity are let through,
+since configs of transformers hold them; who needs a number has to check it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 BYTES_MAX = 1 << 27  # the largest index of a checkpoint that is known has a few megabytes
 DEPTH_MAX = 64  # records and configs have less than ten levels
+DIGITS_MAX = 308  # of an integer: a float holds all of those
 
 
 def read_json(path: str | os.PathLike) -> Any:
@@ -40,11 +41,12 @@ def read_json(path: str | os.PathLike) -> Any:
 def parse_json(data: bytes, *, unique: bool = False) -> Any:
     """Parse the value that UTF-8 bytes hold. unique: no object may have a name twice.
 
-    Raises: ValueError in one line: not UTF-8, not JSON, an integer of thousands of digits, nested
-        deeper than DEPTH_MAX, text with half a surrogate pair, or a name twice.
+    Raises: ValueError in one line: not UTF-8, not JSON, an integer of more than DIGITS_MAX digits,
+        nested deeper than DEPTH_MAX, text with half a surrogate pair, or a name twice.
     """
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_unique if unique else None)
+        hooks = {"object_pairs_hook": _unique if unique else None, "parse_int": _integer}
+        value = json.loads(data.decode(), **hooks)
         _check_depth_and_text(value)
     except RecursionError:
         raise ValueError(
@@ -66,6 +68,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) != len(pairs):  # parsers disagree about which of the two counts
         raise ValueError("an object that has a name twice")
     return values
+
+
+def _integer(text: str) -> int:
+    if len(text.lstrip("-")) > DIGITS_MAX:
+        raise ValueError(f"an integer of more than {DIGITS_MAX} digits")
+    return int(text)
 
 
 def _check_depth_and_text(value: Any) -> None:

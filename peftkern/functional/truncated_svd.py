@@ -177,8 +177,8 @@ def check_options(tol: Any, certify: Any, seed: Any) -> None:
         raise mismatch("tol", "a positive number", tol)
     if not isinstance(certify, bool):
         raise mismatch("certify", "True or False", certify)
-    if type(seed) is not int or seed < 0:
-        raise mismatch("seed", "an integer of at least 0", seed)
+    if type(seed) is not int or not 0 <= seed < 1 << 63:
+        raise mismatch("seed", "an integer of at least 0 that fits 64 bits", seed)
 
 
 _REPORTED = {

@@ -71,14 +71,10 @@ class NF4Stack(ExpertStack):
     def _check(cls, packed: Tensor, absmax: Tensor, shape: tuple[int, ...], turned: bool) -> None:
         values = math.prod(shape[1:])
         fits = len(shape) == 3 and packed.dtype is torch.uint8 and absmax.dtype is torch.float32
-        fits = fits and packed.shape == (shape[0], values // 2) and absmax.dim() == 2
-        blocks = absmax.shape[-1]
-        if (
-            not fits
-            or len(absmax) != shape[0]
-            or (blocks and values % blocks)
-            or blocks * 2 > values
-        ):
+        fits = fits and packed.shape == (shape[0], values // 2)
+        fits = fits and absmax.dim() == 2 and len(absmax) == shape[0]
+        blocks = absmax.shape[1] if fits else 0
+        if not fits or (blocks and values % blocks) or blocks * 2 > values:
             raise ArgumentError(
                 f"shape: {list(shape)} does not fit packed {packed.dtype} {list(packed.shape)} and "
                 f"absmax {absmax.dtype} {list(absmax.shape)}"

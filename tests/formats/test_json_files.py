@@ -37,7 +37,7 @@ def nested(levels: int) -> bytes:
         (b'"\\ud83d\\ude00"', "\U0001f600"),
         (b"1e999", float("inf")),
         (b"[-Infinity]", [float("-inf")]),
-        (b"1" * 400, int("1" * 400)),
+        (b"-" + b"9" * 308, -int("9" * 308)),
         (b'{"a": 1, "a": 2}', {"a": 2}),
     ],
 )
@@ -54,7 +54,8 @@ def test_json_is_read(data, value):
         ('"é"'.encode("utf-16"), "expected JSON in UTF-8"),
         (b'{"a": ["\\ud800"]}', "surrogates not allowed"),
         (b'{"\\udfff": 1}', "surrogates not allowed"),
-        (b"1" * 5000, "expected JSON in UTF-8, got Exceeds the limit"),
+        (b"1" * 309, "expected JSON in UTF-8, got an integer of more than 308 digits"),
+        (b"1" * 5000, "got an integer of more than 308 digits"),
         (nested(DEPTH_MAX + 1), "levels, got deeper nesting"),
         (nested(100_000), "levels, got deeper nesting"),
         (b'{"a":' * 100_000, "levels, got deeper nesting"),
@@ -97,7 +98,7 @@ def test_only_regular_files_of_a_bounded_size_are_opened(tmp_path):
 
 # Every command that reads JSON.
 
-HUGE = 10**400
+HUGE = 10**300
 CONFIG = {**LLAMA_CONFIG, "head_dim": 16, "num_key_value_heads": 2, "tie_word_embeddings": False}
 RECORD = bench_record(
     case(provider("peftkern", 1.0), provider("peft", 2.0)), case(provider("peftkern"), r=2)

@@ -19,6 +19,7 @@ from peftkern.functional.panels import Panels
 from peftkern.functional.truncated_svd import TruncatedSVD, Weight, truncated_svd
 
 _PIECE = 1 << 17  # values
+_SCALINGS = (1e-18, 1e18)
 
 
 class Factors(NamedTuple):
@@ -51,9 +52,9 @@ def check_rank(rank: Any, shape: tuple[int, ...], *, half: bool = False) -> None
 
 
 def check_scaling(scaling: float) -> None:
-    """Raise ValueError unless both factors can have the same share of it."""
-    if not 0 < scaling < math.inf:
-        raise mismatch("scaling", "a finite number above 0", scaling)
+    """Raise ValueError unless both factors can have the same share of it in float32."""
+    if not _SCALINGS[0] <= scaling <= _SCALINGS[1]:
+        raise mismatch("scaling", f"a number of {_SCALINGS[0]:g} to {_SCALINGS[1]:g}", scaling)
 
 
 def check_finite(weight: Weight) -> float:

@@ -5,6 +5,7 @@ Nothing here knows a file format: `read` and `write` do.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -169,7 +170,7 @@ def base_made_with(config: Mapping[str, Any]) -> Path | None:
     PEFT has to load such an adapter as if nothing had changed, so that nothing else tells.
     """
     base = config.get("base_model_name_or_path")
-    found = isinstance(base, str) and (Path(base) / "adapter" / "adapter_config.json").is_file()
+    found = isinstance(base, str) and os.path.isfile(f"{base}/adapter/adapter_config.json")
     return Path(base) if found else None
 
 

@@ -157,6 +157,8 @@ def _sparse(
                 for (B, A), (update, _) in zip(pairs, group, strict=True)
             ]
             total = sparse_sum(how.method, dense, weights, how.density, **options)
+            if not total.isfinite().all():
+                raise AdapterError(f"{key}: the sum of its updates is not finite in float32")
             pair, S, norm = best_pair(total, rank)
             factors.append(pair)
             spectra.append(S)

@@ -20,7 +20,8 @@ from peftkern.tools.adapters.adapter import (
     not_finite,
 )
 from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
-from peftkern.tools.checkpoints.weights import find_weights
+from peftkern.tools.checkpoints.decoded import decoded
+from peftkern.tools.checkpoints.weights import find_weights, may_have_stacks
 
 Shape = tuple[int, ...]
 # Where a checkpoint has the tensors of a parameter of one expert, in the order of its rows.
@@ -82,11 +83,7 @@ def _check(name: str, bad: list[str], well: str, ill: str) -> Check:
 
 
 def _fits(adapter: Adapter, base: str | os.PathLike) -> Iterator[Check]:
-    try:
-        weights = find_weights(read_checkpoint(base, quantized=True))
-    except (CheckpointError, OSError) as error:
-        raise AdapterError(str(error)) from None
-    shapes = Shapes({name: weight.shape for name, weight in weights.items()})
+    shapes = Shapes(_shapes_of(base))
     wrong = [why for update in adapter.updates.values() for why in _misfits(update, shapes)]
     count = len(adapter.updates)
     yield _check("base", wrong, f"has a weight of the right shape for all {count} updates", "")
@@ -98,6 +95,17 @@ def _fits(adapter: Adapter, base: str | os.PathLike) -> Iterator[Check]:
     if adapter.extras:
         count = len(adapter.extras)
         yield _check("other tensors", wrong, f"all {count} have their place in the base", "")
+
+
+def _shapes_of(base: str | os.PathLike) -> dict[str, Shape]:
+    """Return the shapes of a base's values, dense or in 4 bits. Raises: AdapterError."""
+    try:
+        checkpoint = read_checkpoint(base, quantized=True)
+        if may_have_stacks(checkpoint):
+            checkpoint = decoded(checkpoint)
+        return {name: weight.shape for name, weight in find_weights(checkpoint).items()}
+    except (CheckpointError, OSError) as error:
+        raise AdapterError(str(error)) from None
 
 
 class Shapes:
@@ -146,7 +154,7 @@ def _stacked(update: Update, shapes: Shapes) -> Shape | None:
         found = [shapes.get(name.format(0)) for name in names]
         if None not in found:
             count = 1
-            while shapes.get(names[0].format(count)) is not None:
+            while None not in [shapes.get(name.format(count)) for name in names]:
                 count += 1
             return count, sum(shape[0] for shape in found), *found[0][1:]
     return None

@@ -38,6 +38,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_LONGEST = 1024  # name of a tensor, whose numbers are read as such
 # What safetensors raises for a file that it cannot read, or that is none.
 READ_ERRORS = (SafetensorError, OSError, ValueError, OverflowError)
 
@@ -61,6 +62,21 @@ class TensorInfo:
     shape: tuple[int, ...]
     nbytes: int
     offset: int
+
+    def read(self, file: safe_open) -> Tensor:
+        """Return the values; `file` is its own, open."""
+        return file.get_tensor(self.name)
+
+    def items(self) -> Iterator[Tensor]:
+        """Yield those along the first dimension; safetensors reads the whole for each of them."""
+        count, *shape = self.shape
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            for _ in range(count):
+                data = bytearray(self.nbytes // count)
+                if file.readinto(data) != len(data):
+                    raise OSError("cut off")
+                yield torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(shape)
 
 
 @dataclass(frozen=True)
@@ -160,19 +176,7 @@ def read_tensors(
 
 def _parts(file: safe_open, info: TensorInfo, stack: bool) -> Iterator[Tensor]:
     with _unchanged(info.file):
-        yield from _items(info) if stack else (file.get_tensor(info.name),)
-
-
-def _items(info: TensorInfo) -> Iterator[Tensor]:
-    """Yield the items of a stack; safetensors' slices read the whole of it for each of them."""
-    count, *shape = info.shape
-    with open(info.file, "rb") as file:
-        file.seek(info.offset)
-        for _ in range(count):
-            data = bytearray(info.nbytes // count)
-            if file.readinto(data) != len(data):
-                raise OSError("cut off")
-            yield torch.frombuffer(data, dtype=DTYPES[info.dtype]).view(shape)
+        yield from info.items() if stack else (info.read(file),)
 
 
 @contextlib.contextmanager
@@ -261,8 +265,11 @@ def read_header(path: Path) -> Header:
         raise CheckpointError(f"{path}: its header: {error}") from None
     metadata = entries.pop("__metadata__", None) or {}
     for name, entry in entries.items():
-        if not name.isprintable():
-            raise CheckpointError(f"{path}: expected names that can be printed, got {brief(name)}")
+        if not name.isprintable() or len(name) > _LONGEST:
+            raise CheckpointError(
+                f"{path}: expected names of at most {_LONGEST} characters that can be printed, "
+                f"got {brief(name)}"
+            )
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(
                 f"{path}: {brief(name)} has dtype {brief(entry['dtype'])}, "

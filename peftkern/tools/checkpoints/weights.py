@@ -70,9 +70,14 @@ class Weight:
 
     def read(self) -> Tensor:
         """Return its values, decoded to its dtype."""
+        if self.stack and len(self.shape) == 3:
+            dense = torch.empty(self.shape, dtype=self.dtype)
+            for place, one in zip(dense, self.experts(), strict=True):
+                place.copy_(one.read())
+            return dense
         found = self.stored()
         if isinstance(found, ExpertStack):
-            return found.dequantize().reshape(self.shape).contiguous()
+            return found.dequantize(0).contiguous()
         if isinstance(found, Tensor):
             return found
         dense = dequantize(found)
@@ -158,7 +163,7 @@ def join_stacks(
 
     Raises: CheckpointError for parts that are none of a parameter's of the model.
     """
-    if _method(checkpoint) not in (nf4_stack.METHOD, mxfp4_stack.METHOD):
+    if not may_have_stacks(checkpoint):
         return dict(weights)
     stacks = list(_stacks(model, weights))
     parts = {part.name: one for one in stacks for part in one.infos}
@@ -213,7 +218,15 @@ def _stack(
             four_bit = FourBit("mxfp4", stack.blocksize)
         if tuple(stack.shape) != shape:
             raise ValueError(f"expected experts {list(shape)}, got {list(stack.shape)}")
+        sizes = [slot.nbytes for slot in four_bit.stack_slots(name, shape, turned=turned)]
+        if sizes != [info.nbytes for info in infos]:  # of no blocks
+            raise ValueError(f"expected parts of {sizes} bytes, got {[i.nbytes for i in infos]}")
         return Weight(name, torch.float32, shape, infos, four_bit, turned, stack=True)
+
+
+def may_have_stacks(checkpoint: Checkpoint) -> bool:
+    """Return whether experts may be stacks in 4 bits, whose shapes a model alone tells."""
+    return _method(checkpoint) in (nf4_stack.METHOD, mxfp4_stack.METHOD)
 
 
 def _method(checkpoint: Checkpoint) -> Any:

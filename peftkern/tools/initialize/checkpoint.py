@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from peftkern.methods.initialization.from_weights import QUANTIZED
 from peftkern.methods.initialization.loftq import Storage
 from peftkern.methods.initialization.report import InitReport
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
+from peftkern.tools.checkpoints.decoded import DecodedInfo
 from peftkern.tools.initialize.request import Request, Target, find_targets
 from peftkern.tools.initialize.starts import Starts
 from peftkern.tools.quantize.file_plan import Choice, Options, plan_files
@@ -64,8 +65,8 @@ def prepare(
 ) -> Job:
     """Check a request: "pissa" and "olora" write a dense base, "qpissa" and "loftq" one in NF4.
 
-    Args: names, of linear layers, by default all but the output embeddings, and of parameters of
-        experts.
+    Args: checkpoint, dense, or `decoded`; names, of linear layers, by default all but the output
+        embeddings, and of parameters of experts.
     Raises: CheckpointError for what the checkpoint or its architecture does not have.
     """
     targets, config = find_targets(checkpoint, names, request.rank_of, method=request.method)
@@ -76,6 +77,8 @@ def prepare(
         choice, quantization_config = find_weights(
             checkpoint, blocksize=options.blocksize, double_quant=options.double_quant
         )
+        if request.method == "loftq":
+            _check_loss(checkpoint, targets, options)
         targets = dict(_of_stacks(targets, choice))
         quantized = {*choice.linear, *choice.stacks}
         apart = [target.name for name, target in targets.items() if name not in quantized]
@@ -88,6 +91,18 @@ def prepare(
     starts = Starts(request, targets, config, base, storage, options.device)
     parts = (checkpoint, Path(destination), choice, quantization_config, options)
     return Job(*parts, starts)
+
+
+def _check_loss(checkpoint: Checkpoint, targets: Mapping[str, Target], options: Options) -> None:
+    """Raise CheckpointError for a weight of which the new 4 bits lose nothing: both factors would
+    be zero, and stay so."""
+    for name, target in targets.items():
+        info = checkpoint.tensors[name]
+        if isinstance(info, DecodedInfo) and info.weight.four_bit[:2] == options.four_bit[:2]:
+            raise CheckpointError(
+                f"target: {target.name}: loftq starts from what NF4 loses of a weight, and this "
+                "one is in nf4; expected the weights that it was quantized from"
+            )
 
 
 def _of_stacks(targets: dict[str, Target], choice: Choice) -> Iterator[tuple[str, Target]]:

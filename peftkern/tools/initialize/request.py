@@ -20,9 +20,8 @@ from peftkern.layers.quantize import expert_parameters
 from peftkern.methods.initialization.factors import check_rank
 from peftkern.methods.initialization.from_weights import FROM_WEIGHTS
 from peftkern.tools.adapters.extract_experts import Stack, find_stack
-from peftkern.tools.checkpoints.architecture import Load, find_loads, meta_model
+from peftkern.tools.checkpoints.architecture import Load, check_shape, find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
-from peftkern.tools.checkpoints.weights import Weight, find_weights
 
 DTYPES = ("F32", "F16", "BF16")
 
@@ -47,6 +46,8 @@ class Request:
             if getattr(self, name) < low:
                 came = getattr(self, name)
                 raise CheckpointError(f"{name}: expected at least {low}, got {came}")
+        if self.seed >= 1 << 63:
+            raise CheckpointError(f"seed: expected an integer that fits 64 bits, got {self.seed}")
         for name, value in (("alpha", self.lora_alpha), ("tol", self.tol)):
             if not 0 < value < math.inf:
                 raise CheckpointError(f"{name}: expected a number above 0, got {value}")
@@ -114,10 +115,11 @@ def find_targets(
 ) -> tuple[dict[str, Target], LoraConfig]:
     """Find what is to be started, by the names of the weights, and a config that says so.
 
-    Args: names, of layers, whole or their ends: "q_proj"; a string is a regular expression for
-        whole names; none for all linear layers but the output embeddings. rank_of(layer), which it
-        must have, or with `half` twice of it. method, that starts them: a name with a dot may then
-        be that of a parameter of experts, "experts.down_proj". model: `meta_model` of the
+    Args: checkpoint, dense, or `decoded`; names, of layers, whole or their ends: "q_proj"; a string
+        is a regular expression for whole names; none for all linear layers but the output
+        embeddings. rank_of(layer), which it must have, or with `half` twice of it. method, that
+        starts them: a name with a dot may then be that of a parameter of experts,
+        "experts.down_proj". model: `meta_model` of the
         checkpoint, if there is one already. others: names of what is no linear layer; there may be
         none of theirs.
     Raises: CheckpointError naming a layer that does not exist, has no such rank, is tied, or that
@@ -125,7 +127,7 @@ def find_targets(
     """
     model = meta_model(checkpoint) if model is None else model
     loads = list(find_loads(model, checkpoint))
-    linear = _linear_layers(model, loads, find_weights(checkpoint))
+    linear = _linear_layers(model, loads)
     experts = _experts(model, loads) if method else {}
     head = model.get_output_embeddings()
     parameters = [] if isinstance(names, str) else [name for name in names if "." in name]
@@ -194,24 +196,20 @@ def _wanted(names: Sequence[str] | str) -> dict[str, Callable[[str], Any]]:
     return {name: partial(ends_in, name=name) for name in names}
 
 
-def _linear_layers(
-    model: PreTrainedModel, loads: Sequence[Load], weights: Mapping[str, Weight]
-) -> dict[str, Target]:
-    """Find the weights that are a linear layer's as they are, dense or in 4 bits."""
+def _linear_layers(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, Target]:
+    """Find the weights that are a linear layer's as they are."""
     found = {}
     for load in loads:
         name, _, parameter = load.target.rpartition(".")
-        weight = weights.get(load.info.name)
-        if load.converter is not None or parameter != "weight" or weight is None:
+        if load.converter is not None or parameter != "weight":
             continue
         module = model.get_submodule(name)
         if not isinstance(module, (nn.Linear, Conv1D)):
             continue
         shape = tuple(module.weight.shape)
         transposed = isinstance(module, Conv1D)
-        if transposed and weight.four_bit is not None:  # what is quantized is never transposed
-            shape, transposed = shape[::-1], False
-        if weight.shape == shape and (weight.four_bit or load.info.dtype in DTYPES):
+        check_shape(load.info, shape)
+        if load.info.dtype in DTYPES:
             found[load.info.name] = Target(name, shape[::-1] if transposed else shape, transposed)
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     return dict(sorted(found.items(), key=lambda item: order[item[1].module]))
@@ -229,12 +227,12 @@ def _experts(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, Target]
             loaded = parts.get(f"{module}.{parameter}")
             if loaded is None:
                 continue
-            E, *shape = experts.get_parameter(parameter).shape
-            turned = bool(getattr(experts, "is_transposed", False))
+            E, m, n = expert_shape(experts, parameter)
             stack = find_stack(model, f"{module}.{parameter}", loaded)
-            m, n = reversed(shape) if turned else shape
             infos = {load.info.name: load.info for load in loaded}
-            if stack is None or not _fits(stack, infos, (E, m, n)) or (turned and E == 1):
+            if stack is None or not fits(stack, infos, (E, m, n)):
+                continue
+            if E == 1 and is_turned(experts):
                 continue  # PEFT does not transpose the update of one
             for rows in stack.rows or ((stack.whole,),):
                 target = Target(module, (m, n), stack.turned, parameter, E if stack.whole else 1)
@@ -242,8 +240,20 @@ def _experts(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, Target]
     return found
 
 
-def _fits(stack: Stack, infos: Mapping[str, TensorInfo], shape: tuple[int, int, int]) -> bool:
-    """Return whether these tensors are a parameter of experts, as it would be were none turned."""
+def is_turned(experts: nn.Module) -> bool:
+    """Return whether the parameters of fused experts are [E, in, out]."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def expert_shape(experts: nn.Module, parameter: str) -> tuple[int, int, int]:
+    """Return [E, m, n] of a parameter of experts, were it not turned."""
+    E, *shape = experts.get_parameter(parameter).shape
+    m, n = reversed(shape) if is_turned(experts) else shape
+    return E, m, n
+
+
+def fits(stack: Stack, infos: Mapping[str, TensorInfo], shape: tuple[int, int, int]) -> bool:
+    """Return whether these tensors are a parameter of experts [E, m, n], were none turned."""
     E, m, n = shape
     if stack.whole:
         return infos[stack.whole].shape == ((E, n, m) if stack.turned else (E, m, n))

@@ -19,7 +19,12 @@ from torch import Tensor
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.formats.rank_patterns import PREFIX
 from peftkern.functional.panels import full_float32
-from peftkern.methods.initialization.factors import Factors, check_finite, subtract_update_
+from peftkern.methods.initialization.factors import (
+    Factors,
+    check_finite,
+    check_scaling,
+    subtract_update_,
+)
 from peftkern.methods.initialization.from_weights import from_weights, groups
 from peftkern.methods.initialization.loftq import Storage, relative_error
 from peftkern.methods.initialization.report import InitReport, LayerStart
@@ -95,6 +100,7 @@ class Starts:
             for index, weight in zip(group, weights, strict=True):
                 where = unit if len(matrices) == 1 else f"{unit}[{index}]"
                 check_finite(weight)
+            check_scaling(scaling)
             found = from_weights(request.method, weights, rank, scaling, storage, **how)
         except ValueError as error:
             raise CheckpointError(f"{where}: {error}") from error

@@ -25,6 +25,7 @@ from peftkern.tools.adapters import Update
 from peftkern.tools.merge.edits import Edit
 from peftkern.tools.merge.placement import Place
 
+_EXPONENT = 128  # of the largest power of two that float32 holds
 Product = tuple[Tensor, Tensor, float]  # left [M, r] @ right [r, N] * scaling
 
 
@@ -146,7 +147,8 @@ def merge_rows(rows: Tensor, first: int, added: Added, dtype: torch.dtype, buffe
     (left, right, scaling), *others = added.products
     torch.mm(left[first:last], right, out=update)
     rounded = added.rounded and rows.dtype is dtype
-    if not others and not rounded and math.frexp(scaling)[0] == 0.5:
+    mantissa, exponent = math.frexp(scaling)
+    if not others and not rounded and mantissa == 0.5 and exponent <= _EXPONENT:
         total.add_(update, alpha=scaling)  # a power of two: the product with it rounds nothing
     else:
         update.mul_(scaling)
@@ -236,7 +238,10 @@ def measure(weight: Tensor, total: Tensor, stored: Tensor, dense: Tensor | None 
 
 def _dot(one: Tensor, other: Tensor) -> float:
     """Return a sum over one panel, to about five digits."""
-    return torch.dot(one.reshape(-1), other.reshape(-1)).item()
+    found = torch.dot(one.reshape(-1), other.reshape(-1)).item()
+    if math.isfinite(found):
+        return found
+    return torch.dot(one.reshape(-1).double(), other.reshape(-1).double()).item()
 
 
 def is_finite(stored: Tensor) -> bool:

@@ -21,6 +21,7 @@ from peftkern.tools.checkpoints.weights import spellings
 
 _TOKENS = ".token_adapter.trainable_tokens_delta"
 _BASE = ".base_layer."
+_MOST = 1 << 63  # that an index may be
 _CONV = nn.modules.conv._ConvNd
 _LAYERS = {"linear": (nn.Linear, Conv1D), "embedding": (nn.Embedding,), "conv": (_CONV,)}
 
@@ -39,10 +40,6 @@ class Edit:
     added: list[tuple[Tensor, float]] = field(default_factory=list)
     rows: tuple[Tensor, Tensor] | None = None
     flipped: bool = False
-
-    @property
-    def replaces(self) -> bool:
-        return self.value is not None or self.rows is not None
 
 
 def match_adapters(
@@ -229,8 +226,8 @@ def _token_indices(adapter: Adapter, parameter: str, count: int, where: str) -> 
         module = parameter.removesuffix(".weight")
         named = (v for k, v in wanted.items() if module == k or module.endswith(f".{k}"))
         wanted = next(named, None)
-    whole = isinstance(wanted, list) and all(type(i) is int and i >= 0 for i in wanted)
-    if not whole or len(wanted) != count:
+    whole = isinstance(wanted, list) and all(type(i) is int and 0 <= i < _MOST for i in wanted)
+    if not whole or not 0 < len(set(wanted)) == len(wanted) == count:
         raise CheckpointError(
             f"{where}: {count} rows, but trainable_token_indices of the config does not say which"
         )

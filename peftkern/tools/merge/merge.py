@@ -36,16 +36,21 @@ _RESIDUALS = "residuals"  # in the work folder: those of each finished file
 
 @dataclass(frozen=True)
 class Summary:
-    """Summary of a merge. changes: of each merged weight, by the name in the base. resumed: number
-    of files that an earlier run had written."""
+    """Summary of a merge. changes: of each merged weight, by the name in the base; others: of those
+    that were quantized alone. resumed: number of files that an earlier run had written."""
 
     plan: Plan
     resumed: int = 0
     changes: dict[str, Change] = field(default_factory=dict)
+    others: dict[str, Change] = field(default_factory=dict)
 
     @property
     def total(self) -> Change:
         return sum((change.scaled for change in self.changes.values()), Change())
+
+    @property
+    def total_of_others(self) -> Change:
+        return sum(self.others.values(), Change())
 
 
 def merge_checkpoint(
@@ -146,7 +151,9 @@ def _write(work: Path, plan: Plan, options: Options, progress: Progress) -> Summ
         changes |= {name: Change(*values) for name, values in note["changes"].items()}
     if (index := index_of(plan.files)) is not None:
         staging.replace_json(folder / INDEX, index)
-    return Summary(plan, resumed, changes)
+    merged = {unit.name for file in plan.files for unit in file.units if unit.edits}
+    others = {name: changes.pop(name) for name in [*changes] if name not in merged}
+    return Summary(plan, resumed, changes, others)
 
 
 def _read_manifest(work: Path) -> dict[str, Any]:

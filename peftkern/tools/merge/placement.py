@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
-from transformers.pytorch_utils import Conv1D
 
 from peftkern.tools.checkpoints.architecture import (
     EXPERT,
@@ -55,20 +54,6 @@ class Places:
 
     by_tensor: dict[str, tuple[Place, ...]]
     rearranged: dict[str, str]
-
-
-def as_parameters(
-    model: PreTrainedModel, loads: Iterable[Load], weights: Mapping[str, Weight]
-) -> dict[str, Weight]:
-    """Return the weights as the model has them: Conv1D's [K, N] is quantized as [N, K], which no
-    shape tells of a square one."""
-    turned = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, Conv1D)}
-    found = dict(weights)
-    for load in loads:
-        weight = found.get(load.info.name)
-        if load.target in turned and weight is not None and weight.four_bit is not None:
-            found[weight.name] = replace(weight, shape=weight.shape[::-1], transposed=True)
-    return found
 
 
 def find_places(

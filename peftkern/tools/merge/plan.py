@@ -84,7 +84,7 @@ class Options:
 
 class Quantized(NamedTuple):
     """Tensors that are written in 4 bits, those that were in training, and the config of what is
-    written, None if nothing is quantized anew."""
+    written; None if nothing is quantized, or as the base is."""
 
     out: Choice = Choice({})
     trained: Choice = Choice({})
@@ -263,7 +263,7 @@ def _format(
     weight: Weight, options: Options, quantized: Quantized, rounded: Mapping[str, bool]
 ) -> tuple[FourBit | None, bool, FourBit | None]:
     """Return a unit's four_bit, transposed and trained."""
-    if weight.four_bit is not None:
+    if weight.four_bit is not None and quantized.config is None:
         kept = weight.four_bit if options.out not in _DTYPE_OUT else None
         return kept, weight.transposed, None
     linear, name = quantized.out.linear, weight.name

@@ -19,11 +19,12 @@ from peftkern.tools.adapters.adapter import base_made_with
 from peftkern.tools.checkpoints.architecture import find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.checkpoints.companions import Companions, find_companions
+from peftkern.tools.checkpoints.decoded import as_dense, as_parameters
 from peftkern.tools.checkpoints.four_bit import FourBit
-from peftkern.tools.checkpoints.weights import Weight, find_weights, join_stacks, main_dtype
+from peftkern.tools.checkpoints.weights import FLOATS, Weight, find_weights, main_dtype
 from peftkern.tools.merge.edits import Edit, check_shapes, match_adapters
 from peftkern.tools.merge.embeddings import Untied, change_config, untie
-from peftkern.tools.merge.placement import Places, as_parameters, find_places
+from peftkern.tools.merge.placement import Place, Places, find_places
 from peftkern.tools.merge.plan import (
     Experts,
     File,
@@ -63,7 +64,7 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     weights = find_weights(checkpoint, stacks=True)
     model = meta_model(checkpoint)
     loads = list(find_loads(model, checkpoint))
-    weights = as_parameters(model, loads, join_stacks(model, checkpoint, weights))
+    weights = as_parameters(model, checkpoint, loads, weights)
     quantized = _quantized(checkpoint, weights, options)
     if quantized.config is not None:
         _check_experts(model, quantized, options.out)
@@ -76,7 +77,7 @@ def plan_merge(checkpoint: Checkpoint, adapters: Adapters, options: Options) -> 
     apart, differ = untie(model, home, edits, keep_tied=tied)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     check_shapes(edits, shapes, sources)
-    _check_stored(model, places, edits, apart, sources)
+    _check_stored(model, weights, places, edits, apart, sources)
     config = change_config(checkpoint.config, model, edits, differ)
     files = plan_files(checkpoint, weights, places, edits, apart, options, quantized)
     if options.residual:
@@ -101,30 +102,27 @@ def _quantized(
     checkpoint: Checkpoint, weights: Mapping[str, Weight], options: Options
 ) -> Quantized:
     """Find the weights that will be, or were, quantized, and the config for those that will."""
-    stored = next((w.four_bit.format for w in weights.values() if w.four_bit is not None), None)
+    stored = [w.four_bit for w in weights.values() if w.four_bit is not None]
     if options.residual and options.out not in NUMBERS and not (stored and options.out == "keep"):
         raise CheckpointError(
             f"{checkpoint.folder}: a residual adapter, but nothing is written in 4 bits: --out nf4"
         )
-    if stored is None:
+    if not stored:
         out, config = _choice(checkpoint, options.stored)
         dense = options.as_trained in STATE_KEYS and not options.trained_experts
         trained, _ = _choice(checkpoint, options.trained, experts=not dense)
         if options.trained_experts:
             _check_rows(trained.stacks, weights, options.trained.blocksize)
         return Quantized(out, trained, config)
-    if options.blocksize is not None:
-        raise CheckpointError(f"blocksize: the base is in {stored}, whose blocks stay as they are")
     if options.as_trained:
         raise CheckpointError(
-            f"{checkpoint.folder}: as_trained, but the base is in {stored} as it is"
+            f"{checkpoint.folder}: as_trained, but the base is in {stored[0].format} as it is"
         )
-    if options.out in NUMBERS and options.out != stored:
-        raise CheckpointError(
-            f"{checkpoint.folder}: is in {stored}, which is written as that or dense, got "
-            f"{options.out}"
-        )
-    return Quantized()
+    form, size = options.out, options.blocksize
+    if form not in NUMBERS or all(w.format == form and size in (None, w.blocksize) for w in stored):
+        return Quantized()
+    out, config = _choice(as_dense(checkpoint, weights), options.stored)
+    return Quantized(out, config=config)
 
 
 def _choice(
@@ -207,6 +205,7 @@ def _forget_same_tables(
 
 def _check_stored(
     model: PreTrainedModel,
+    weights: Mapping[str, Weight],
     places: Places,
     edits: Mapping[str, Edit],
     apart: Sequence[Untied],
@@ -216,10 +215,11 @@ def _check_stored(
     new = {untied.parameter for untied in apart}
     shapes = {name: value.shape for name, value in model.state_dict().items()}
     rows: dict[str, int] = dict.fromkeys(edits, 0)
-    for found in places.by_tensor.values():
+    for name, found in places.by_tensor.items():
         for place in found:
             if place.parameter in rows:
                 shape = shapes[place.parameter]
+                _check_place(weights[name], place, shape)
                 size = shape[1:] if place.expert is not None else shape
                 whole = place.transposed or not size
                 rows[place.parameter] += size.numel() if whole else place.rows * size[1:].numel()
@@ -233,3 +233,17 @@ def _check_stored(
                 "it first"
             )
         raise CheckpointError(f"{sources}: {name}: the base's files do not hold it, or not all")
+
+
+def _check_place(weight: Weight, place: Place, shape: tuple[int, ...]) -> None:
+    """Raise CheckpointError for a tensor that no update can be merged into, or of an expert that
+    the parameter, of this shape, does not have."""
+    name = weight.name
+    if weight.dtype not in FLOATS:
+        raise CheckpointError(f"{name}: expected floating point to merge into, got {weight.dtype}")
+    if place.expert is not None:
+        count, *matrix = shape
+        if place.expert >= count or place.row + place.rows > matrix[0]:
+            raise CheckpointError(
+                f"{name}: expected rows of one of {count} experts {matrix} once, numbered from 0"
+            )

@@ -195,7 +195,8 @@ def _stacked(target: str, shape: tuple[int, ...], loads: Sequence[Load]) -> Stac
     expected = list(itertools.product(range(E), range(len(patterns))))
     if sorted(places) != expected:
         raise CheckpointError(
-            f"{target}: expected {len(patterns)} tensors of each of {E} experts, got {len(places)}"
+            f"{target}: expected {len(patterns)} tensors of each of {E} experts, numbered from 0, "
+            f"got {len(places)}"
         )
     for info in places.values():
         check_shape(info, (N // len(patterns), K))

@@ -25,10 +25,10 @@ from peftkern.integrations.peft.rank_report import RankReport
 from peftkern.integrations.peft.rank_stacks import names_of
 from peftkern.integrations.peft.suggest_ranks import make_report, suggest_ranks
 from peftkern.methods.rank_choice import LoraBudget, matrix_spectra
-from peftkern.tools.adapters.extract_experts import Stack
-from peftkern.tools.checkpoints import weights
+from peftkern.tools.adapters.extract_experts import Stack, read_tensor
 from peftkern.tools.checkpoints.architecture import meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
+from peftkern.tools.checkpoints.decoded import DecodedInfo
 from peftkern.tools.initialize.from_text import load_model
 from peftkern.tools.initialize.request import (
     Target,
@@ -78,21 +78,21 @@ def from_weights(
     device: str = "cpu",
     progress: Callable[..., None] = lambda done, name: None,
 ) -> RankReport:
-    """Choose ranks by the spectra of the weights, dense or NF4, which are read one at a time.
+    """Choose ranks by the spectra of the weights, which are read one at a time.
 
+    Args: checkpoint, dense, or `decoded`.
     Raises: CheckpointError for what the checkpoint or its architecture does not have, for a budget
         that is too small, and for weights that are not finite.
     """
     model = meta_model(checkpoint)
     targets, config = _checkpoint_targets(checkpoint, model, names)
     stacks = find_stacks(checkpoint, model, config.target_parameters or ())
-    stored = weights.find_weights(checkpoint)
     budget = settings.budget
     order = {name: place for place, name in enumerate(names_of(model))}
     try:
         with torch.no_grad(), full_float32():
             matrices = itertools.chain(
-                _matrices(targets, stored, device, progress),
+                _matrices(targets, checkpoint, device, progress),
                 _experts(stacks, checkpoint, device, progress),
             )
             spectra = list(matrix_spectra(matrices, budget.count, **settings.svd_options))
@@ -112,6 +112,10 @@ def _checkpoint_targets(
     others = stack_names(model, names)
     targets, config = find_targets(checkpoint, names, model=model, others=others)
     config.target_parameters = stack_targets(model, others)
+    config.fan_in_fan_out = any(  # what is in 4 bits is never transposed
+        target.transposed and not isinstance(checkpoint.tensors[name], DecodedInfo)
+        for name, target in targets.items()
+    )
     return targets, config
 
 
@@ -126,15 +130,16 @@ def _experts(
 
 def _matrices(
     targets: Mapping[str, Target],
-    stored: Mapping[str, weights.Weight],
+    checkpoint: Checkpoint,
     device: str,
     progress: Callable[..., None],
 ) -> Iterator[tuple[str, Weight]]:
     for name, target in targets.items():
-        weight = stored[name].stored().to(device)
+        info = checkpoint.tensors[name]
+        weight = read_tensor(info).to(device)
         yield target.module, weight.T if target.transposed else weight
         del weight  # before the next is read
-        progress(stored[name].nbytes, name)
+        progress(info.nbytes, name)
 
 
 def from_texts(

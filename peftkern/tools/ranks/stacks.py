@@ -10,7 +10,13 @@ from transformers import PreTrainedModel
 from peftkern.tools.adapters.extract_experts import Stack, find_stack
 from peftkern.tools.checkpoints.architecture import Load, find_loads
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
-from peftkern.tools.initialize.request import DTYPES, ends_in, parameter_names
+from peftkern.tools.initialize.request import (
+    DTYPES,
+    ends_in,
+    expert_shape,
+    fits,
+    parameter_names,
+)
 
 
 def stack_names(model: nn.Module, names: Sequence[str]) -> list[str]:
@@ -52,6 +58,12 @@ def find_stacks(
             raise CheckpointError(
                 f"{checkpoint.folder}: {name}: expected experts of {', '.join(DTYPES)} as "
                 f"transformers saves them, got tensors {came}"
+            )
+        shape = expert_shape(model.get_submodule(stack.module), stack.parameter)
+        if not fits(stack, checkpoint.tensors, shape):
+            raise CheckpointError(
+                f"{checkpoint.folder}: {name}: expected {shape[0]} experts {list(shape[1:])}, "
+                f"got {len(parts)} tensors that are not them"
             )
         stacks[name] = stack
     return stacks

@@ -110,6 +110,7 @@ BROKEN = [  # instead of a file of a folder that can be read
             ("a.weight", torch.zeros(2).to(torch.float8_e4m3fn), "F8_E4M3"),
             ("a.weight", torch.zeros(2, dtype=torch.complex64), "C64"),
             ("a\x1b[2J", torch.zeros(2), "can be printed"),
+            ("9" * 1025, torch.zeros(2), "of at most 1024 characters"),
         )
     ),
     (SINGLE, save(TWO, {"format": "tf"}), "expected weights of PyTorch, got format 'tf'"),

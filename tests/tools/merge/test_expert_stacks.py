@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit
-from checkpoint_folders import contents, load_tensors, save_tensors
+from checkpoint_folders import contents, load_tensors
+from decoded_folders import decode, dense_values, large_experts, mixture_in_4_bits
 from merged_folders import (
     STACKS,
     assert_same_tensors,
@@ -27,47 +27,11 @@ from peak_memory import growth
 from quantized_folders import convert
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
 
-import peftkern
-from peftkern.integrations.transformers import MXFP4ExpertsConfig, NF4ExpertsConfig
-from peftkern.layers.expert_stack import stacks_of
-from peftkern.tools.adapters import Adapter, Update, write_adapter
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
-from peftkern.tools.checkpoints.four_bit import FourBit
 
 LAYER = "model.layers.0"
 EXPERTS = [f"{LAYER}.{name}" for name in STACKS]
-
-
-def dense_values(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state of a model without its 4 bits."""
-    state = {}
-    for path, module in model.named_modules():
-        for name, p in module.named_parameters(path, recurse=False):
-            state[name] = p.detach()
-        for name, stack in stacks_of(module).items():
-            state[f"{path}.{name}"] = torch.stack([stack.dequantize(e) for e in range(len(stack))])
-        if isinstance(module, Linear4bit):
-            w = peftkern.NF4Weight.from_bitsandbytes(module.weight)
-            state[f"{path}.weight"] = peftkern.dequantize(w)
-    return state
-
-
-def decode(stored: Path, base: Path, folder: Path) -> Path:
-    """A dense base with the values of one in 4 bits."""
-    model = load(base)
-    values = dense_values(load(stored))
-    assert values.keys() == dict(model.named_parameters()).keys()
-    model.load_state_dict(values, strict=False)
-    return save_base(folder, model)
-
-
-def folders(tmp_path: Path, family: str, format: str, **adapter: Any) -> tuple[Path, Path, Path]:
-    """A base in 4 bits, the same decoded, and an adapter."""
-    base, adapter = mixture(tmp_path, family, **adapter)
-    convert(base, tmp_path / "stored", format=format)
-    return tmp_path / "stored", decode(tmp_path / "stored", base, tmp_path / "decoded"), adapter
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -83,7 +47,7 @@ KINDS = [
 @pytest.mark.parametrize(("family", "format"), KINDS)
 def test_the_sums_are_those_of_peft_over_the_decoded_base(tmp_path, family, format) -> None:
     """Dense; and quantized again, as `peftkern quantize` does it, what no update changes copied."""
-    stored, decoded, adapter = folders(tmp_path, family, format)
+    stored, decoded, adapter = mixture_in_4_bits(tmp_path, family, format)
     merged_by_peft(decoded, adapter, tmp_path / "peft")
     merge(stored, adapter, to=tmp_path / "dense", out="bf16")
     assert "quantization_config" not in config_of(tmp_path / "dense")
@@ -142,11 +106,11 @@ def test_base_without_its_head(tmp_path: Path) -> None:
     assert_same_tensors(got, expected)
 
 
-A = EXPERTS[0]
+A, ABSMAX = EXPERTS[0], f"{LAYER}.mlp.experts.gate_up_absmax"
 BROKEN: dict[str, tuple[str, str, Callable[[dict[str, Tensor]], Any], str]] = {
     "no absmax": (
         *("Qwen3Moe", "nf4"),
-        lambda tensors: tensors.pop(f"{LAYER}.mlp.experts.gate_up_absmax"),
+        lambda tensors: tensors.pop(ABSMAX),
         r"gate_up_proj: expected a part of experts in 4 bits, got U8 \[4, 2048\]",
     ),
     "no scales": (
@@ -158,6 +122,16 @@ BROKEN: dict[str, tuple[str, str, Callable[[dict[str, Tensor]], Any], str]] = {
         *("Qwen3Moe", "nf4"),
         lambda tensors: tensors.update({A: tensors[A][:3].clone()}),
         r"gate_up_proj: no weight in 4 bits: shape: \[4, 64, 64\] does not fit packed",
+    ),
+    "no blocks": (
+        *("Qwen3Moe", "nf4"),
+        lambda tensors: tensors.update({ABSMAX: torch.zeros(4, 0)}),
+        r"gate_up_proj: no weight in 4 bits: expected parts of \[.*\] bytes, got \[8192, 0\]",
+    ),
+    "a scale without dimensions": (
+        *("Qwen3Moe", "nf4"),
+        lambda tensors: tensors.update({ABSMAX: torch.zeros(())}),
+        r"gate_up_proj: no weight in 4 bits: shape: .* does not fit .* absmax torch.float32 \[\]",
     ),
     "other blocks": (
         *("GptOss", "mxfp4"),
@@ -184,34 +158,6 @@ def test_stacks_that_are_none(tmp_path: Path, case: str) -> None:
             merge(stored, adapter, to=tmp_path / "out", out=out)
         assert "\n" not in str(caught.value)
     assert contents(tmp_path) == before and not (tmp_path / "out").exists()
-
-
-def large_experts(folder: Path, family: str, format: str, count: int) -> Path:
-    """A base of so many experts, dense or in 4 bits, and an adapter of one of their stacks."""
-    names = ("hidden_size", "intermediate_size", "moe_intermediate_size")
-    sizes = dict.fromkeys(names, 384) | dict.fromkeys(("num_experts", "num_local_experts"), count)
-    with torch.device("meta"):
-        model = make_mixture(family, **sizes)
-    tensors = {}
-    for name, p in model.named_parameters():
-        parts = {name: p}
-        if name in EXPERTS and format:
-            how = {"turned": format == "mxfp4", "device": "meta"}
-            stack = FourBit.of(format, nested=False).stack(tuple(p.shape), p.dtype, **how)
-            parts = stack.state(name)
-        tensors |= {key: torch.zeros(part.shape, dtype=part.dtype) for key, part in parts.items()}
-    save_tensors(folder / "base", {"model.safetensors": tensors})
-    quantized = {"nf4": NF4ExpertsConfig, "mxfp4": MXFP4ExpertsConfig}
-    if format:
-        model.config.quantization_config = quantized[format]()
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(folder / "base")
-    factors = torch.randn(count, 1, 384), torch.randn(count, 768, 1)
-    module, _, parameter = EXPERTS[0].rpartition(".")
-    update = Update(module, parameter, "experts", *factors, 1.0)
-    config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_parameters": STACKS[:1]}
-    write_adapter(Adapter({**config, "target_modules": []}, {module: update}), folder / "adapter")
-    return folder
 
 
 @pytest.mark.parametrize(

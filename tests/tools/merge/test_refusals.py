@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ def with_nan(tensor: Tensor) -> Tensor:
 
 
 A, B = f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"
+TOKENS = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
 BROKEN = {
     "no such layer": (renamed("q_proj", "z_proj"), {}, r"z_proj.*no such layer"),
     "no such layer number": (renamed("layers.1.", "layers.7."), {}, r"layers\.7\..*no such layer"),
@@ -98,18 +100,24 @@ BROKEN = {
     "PiSSA": (lambda t: None, {"init_lora_weights": "pissa_niter_4"}, "--changed-base"),
     "OLoRA": (lambda t: None, {"init_lora_weights": "olora"}, "--changed-base"),
     "token rows": (
-        put(
-            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
-            lambda _: torch.ones(3, 64),
-        ),
+        put(TOKENS, lambda _: torch.ones(3, 64)),
         {"trainable_token_indices": [1, 2]},
         "3 rows, but trainable_token_indices",
     ),
+    **{
+        what: (
+            put(TOKENS, lambda _, rows=rows: rows),
+            {"trainable_token_indices": indices},
+            f"{len(indices)} rows, but trainable_token_indices",
+        )
+        for what, rows, indices in (
+            ("token twice", torch.ones(2, 64), [3, 3]),
+            ("no token", torch.ones(0, 64), []),
+            ("token 2^70", torch.ones(1, 64), [1 << 70]),
+        )
+    },
     "token beyond": (
-        put(
-            "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta",
-            lambda _: torch.ones(1, 64),
-        ),
+        put(TOKENS, lambda _: torch.ones(1, 64)),
         {"trainable_token_indices": [48]},
         "up to number 48 do not fit",
     ),
@@ -131,11 +139,49 @@ def test_base_that_an_initialization_has_changed(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "config.json").exists()
 
 
+def test_a_name_that_is_no_path_belongs_to_no_base(tmp_path: Path) -> None:
+    base, adapter = folders(tmp_path)
+    for number, name in enumerate(("x" * 5000, "a\0b")):
+        edit(adapter, lambda t: None, base_model_name_or_path=name)
+        merge(base, adapter, to=tmp_path / f"out{number}")
+
+
+def test_weight_that_is_no_float(tmp_path: Path) -> None:
+    """Its scale may be anywhere; where no adapter changes it, it stays."""
+    base, adapter = folders(tmp_path)
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    for name, merged in (("mlp.gate_proj", False), ("self_attn.q_proj", True)):
+        name = f"model.layers.1.{name}.weight"
+        tensors[name] = tensors[name].mul(100).to(torch.int8)
+        save_file(tensors, path, metadata={"format": "pt"})
+        if merged:
+            refused(f"{name}: expected floating point to merge into, got torch.int8", base, adapter)
+        else:
+            merge(base, adapter, to=tmp_path / "stays")
+            assert torch.equal(load_tensors(tmp_path / "stays")[name], tensors[name])
+
+
 def test_sum_that_overflows(tmp_path: Path) -> None:
     """Found when it is computed; what was written by then is removed."""
     base, adapter = folders(tmp_path, dtype=torch.float16)
     edit(adapter, put(B, lambda tensor: tensor * 1e7))
     refused(r"layers\.0\.self_attn\.q_proj\.weight: holds NaN or infinity", base, adapter)
+
+
+@pytest.mark.parametrize("alpha", [1e300, 2.0**1000])
+def test_scaling_that_float32_does_not_hold(tmp_path: Path, alpha: float) -> None:
+    base, adapter = folders(tmp_path)
+    edit(adapter, lambda t: None, lora_alpha=alpha)
+    refused(r"layers\.0\..*\.weight: holds NaN or infinity", base, adapter)
+
+
+def test_update_whose_square_float32_does_not_hold(tmp_path: Path) -> None:
+    """It is merged, and the report has numbers."""
+    base, adapter = folders(tmp_path)
+    edit(adapter, put(B, lambda tensor: torch.full_like(tensor, 1e30)))
+    change = merge(base, adapter, to=tmp_path / "out").total
+    assert all(map(math.isfinite, change)) and change.survival == pytest.approx(1, abs=1e-2)
 
 
 @pytest.mark.parametrize("name", ["mlp.up_proj.weight", "input_layernorm.weight"])
@@ -230,6 +276,21 @@ def test_parameter_that_loading_puts_together_otherwise(tmp_path: Path, monkeypa
     del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
     refused("the base's files do not hold it, or not all", base, adapter)
+
+
+@pytest.mark.parametrize(("number", "instead"), [("99", True), ("4", False), ("03", False)])
+def test_experts_that_are_numbered_otherwise(tmp_path: Path, number: str, instead: bool) -> None:
+    """In the place of the last of four, or as a fifth."""
+    experts = ["mlp.experts.gate_up_proj"]
+    sizes = {"family": "Qwen3Moe", "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16}
+    base, adapter = folders(tmp_path, {"target_modules": [], "target_parameters": experts}, **sizes)
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    for name in [name for name in tensors if ".experts.3." in name]:
+        other = name.replace(".experts.3.", f".experts.{number}.")
+        tensors[other] = tensors.pop(name) if instead else tensors[name].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused("once, numbered from 0", base, adapter)
 
 
 def test_pickles(tmp_path: Path) -> None:

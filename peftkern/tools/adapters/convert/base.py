@@ -22,6 +22,7 @@ from peftkern.tools.checkpoints.checkpoint import (
     read_checkpoint,
     read_tensors,
 )
+from peftkern.tools.checkpoints.decoded import decoded
 
 # Fused gate and up whose rows alternate: no projections can be cut out of them.
 _INTERLEAVED = re.compile(r"gpt[-_]oss|openai[-_]privacy[-_]filter", re.IGNORECASE)
@@ -78,7 +79,7 @@ def _model_type(base: str | os.PathLike | None, config: Mapping[str, Any]) -> st
     """Return the kind of model of a base; None if none was given and no folder tells."""
     said = base if base is not None else config.get("base_model_name_or_path")
     path = Path(str(said)) / "config.json"
-    if base is None and not (said and path.is_file()):
+    if base is None and not (said and os.path.isfile(path)):
         return None
     try:
         found = read_json(path)
@@ -103,7 +104,7 @@ class Weights:
 
     def __init__(self, base: str | os.PathLike, adapter: Adapter) -> None:
         try:
-            self._checkpoint = read_checkpoint(base)
+            self._checkpoint = decoded(read_checkpoint(base, quantized=True))
         except CheckpointError as error:
             raise AdapterError(str(error)) from None
         self._tensors = self._checkpoint.tensors

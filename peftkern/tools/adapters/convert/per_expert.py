@@ -61,11 +61,11 @@ def _check_plain(adapter: Adapter, update: Update) -> None:
 def _stack(adapter: Adapter, items: dict[int, Update]) -> Pair:
     """Return lora_A [E, r, n] and lora_B [E, m, r] of experts 0 to E-1."""
     first = next(iter(items.values()))
-    missing = set(range(max(items) + 1)) - set(items)
-    if missing:
+    missing = next((number for number in range(len(items)) if number not in items), None)
+    if missing is not None:
         raise AdapterError(
             f"{adapter.source}: {first.module}: expected every expert from 0 to {max(items)}, "
-            f"got none of number {min(missing)}"
+            f"got none of number {missing}"
         )
     ordered = [items[number] for number in range(len(items))]
     for update in ordered:

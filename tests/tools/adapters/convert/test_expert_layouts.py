@@ -260,6 +260,9 @@ def test_experts_that_do_not_make_a_stack(tmp_path):
     narrow = {f"{key}1.down_proj.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
     save_file(whole | narrow, tmp_path / "b" / MODEL)
     refused(tmp_path / "b", "peft", "layers.0.experts.1.down_proj.lora_A", "[2, 2]")
+    far = {f"{key}{10**15}.down_proj.lora_{x}.weight": torch.ones(2, 2) for x in "AB"}
+    save_file(whole | far, tmp_path / "b" / MODEL)  # nothing of that size is made
+    refused(tmp_path / "b", "peft", f"from 0 to {10**15}, got none of number 3")
 
 
 def test_stacks_that_are_no_pairs(tmp_path):

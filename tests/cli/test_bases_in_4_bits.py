@@ -1,0 +1,143 @@
+"""`peftkern init`, `ranks` and `adapter` over bases in 4 bits, stacks of experts among them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_folders import load_tensors
+from command_line import refused
+from decoded_folders import decode, dense_values, mixture_in_4_bits
+from merged_folders import (
+    assert_same_tensors,
+    load,
+    make_model,
+    merged_by_peft,
+    save_adapter,
+    save_base,
+)
+from merged_folders import mixture as dense_mixture
+from quantized_folders import convert
+from torch import Tensor
+
+from peftkern.cli import main
+
+NAMES = ["o_proj", "experts.gate_up_proj", "experts.down_proj"]
+TARGETS = [word for name in NAMES for word in ("--target", name)]
+KINDS = [("Qwen3Moe", "nf4"), ("GptOss", "nf4"), ("GptOss", "mxfp4")]
+
+
+def run(*arguments: Any) -> int:
+    return main([*map(str, arguments)])
+
+
+def printed(capsys: pytest.CaptureFixture, *arguments: Any) -> dict[str, Any]:
+    capsys.readouterr()
+    assert run(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def whole(folder: Path) -> dict[str, Tensor]:
+    """The values of a checkpoint, and the tensors of its adapter."""
+    return dense_values(load(folder)) | load_tensors(folder / "adapter")
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def mixture(request, tmp_path_factory) -> tuple[Path, ...]:
+    """A mixture in 4 bits, the same decoded, and an adapter of it."""
+    return mixture_in_4_bits(tmp_path_factory.mktemp("mixture"), *request.param)
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory) -> tuple[Path, Path]:
+    """A model whose layers are Conv1D, in NF4, and the same decoded."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    base = save_base(folder / "base", make_model("GPT2", "LMHeadModel", num_hidden_layers=1))
+    convert(base, folder / "stored")
+    return folder / "stored", decode(folder / "stored", base, folder / "decoded")
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora", "qpissa"])
+def test_experts_start_as_those_of_the_decoded_base(mixture, tmp_path, capsys, method):
+    stored, decoded, _ = mixture
+    for name, base in (("got", stored), ("expected", decoded)):
+        assert run("init", method, base, tmp_path / name, "--rank", 4, "--alpha", 6, *TARGETS) == 0
+    assert_same_tensors(whole(tmp_path / "got"), whole(tmp_path / "expected"))
+    assert config_of(tmp_path / "got") == config_of(tmp_path / "expected")
+
+
+def test_base_and_update_are_the_weights_in_4_bits(mixture, tmp_path, capsys):
+    stored, _, _ = mixture
+    dst = tmp_path / "dst"
+    assert run("init", "pissa", stored, dst, "--rank", 4, *TARGETS) == 0
+    merged_by_peft(dst, dst / "adapter", tmp_path / "merged")
+    folders = (stored, dst, tmp_path / "merged")
+    expected, alone, whole = (dense_values(load(folder)) for folder in folders)
+    names = [name for name in expected if name.removesuffix(".weight").endswith(tuple(NAMES))]
+    assert len(names) == len(NAMES)
+    for name in names:
+        norm = expected[name].float().norm()
+        assert (whole[name].float() - expected[name].float()).norm() < 2**-7 * norm  # of 16 bits
+        assert (alone[name].float() - expected[name].float()).norm() > 0.1 * norm
+
+
+@pytest.mark.parametrize("method", ["pissa", "qpissa"])
+def test_layers_that_are_kept_transposed(gpt2, tmp_path, capsys, method):
+    stored, decoded = gpt2
+    for name, base in (("got", stored), ("expected", decoded)):
+        assert run("init", method, base, tmp_path / name, "--rank", 4) == 0
+    assert_same_tensors(whole(tmp_path / "got"), whole(tmp_path / "expected"))
+    configs = [tmp_path / name / "adapter" / "adapter_config.json" for name in ("got", "expected")]
+    got, expected = (json.loads(path.read_text()) for path in configs)
+    assert got["fan_in_fan_out"] == expected["fan_in_fan_out"] == (method == "pissa")
+
+
+def test_ranks_are_those_of_the_decoded_base(mixture, tmp_path, capsys):
+    stored, decoded, _ = mixture
+    options = ["--rank", 4, "--cost", "parameters", *TARGETS]
+    got, expected = (printed(capsys, "ranks", base, *options) for base in (stored, decoded))
+    assert got["layers"] == expected["layers"] and got["config"] == expected["config"]
+    values = dense_values(load(stored))
+    layers = {layer["name"]: layer for layer in got["layers"]}
+    for name in NAMES[1:]:
+        name = f"model.layers.0.mlp.{name}"
+        S = torch.linalg.svdvals(values[name].double()).square().sum(0).sqrt()[:8]
+        assert layers[name]["S"] == pytest.approx(S.tolist(), rel=1e-4)
+        assert layers[name]["experts"] == 4
+
+
+def test_an_adapter_is_verified(mixture, tmp_path, capfd):
+    stored, decoded, adapter = mixture
+    assert run("adapter", "verify", adapter, "--base", stored) == 0
+    assert "has a weight of the right shape for all 3 updates" in capfd.readouterr().out
+    family = config_of(stored)["architectures"][0].removesuffix("ForCausalLM")
+    _, wrong = dense_mixture(tmp_path, family, hidden_size=128)
+    assert run("adapter", "verify", wrong, "--base", stored) == 1
+    said = capfd.readouterr().out
+    run("adapter", "verify", wrong, "--base", decoded)
+    assert "FAILED: base: " in said and said == capfd.readouterr().out
+
+
+def test_dora_becomes_lora_by_a_base_in_4_bits(gpt2, tmp_path, capsys):
+    stored, decoded = gpt2
+    targets = {"target_modules": ["c_attn", "c_proj"], "use_dora": True, "fan_in_fan_out": True}
+    adapter = save_adapter(tmp_path / "adapter", load(decoded), **targets)
+    for name, base in (("got", stored), ("expected", decoded)):
+        how = ("--to", "lora", "--base", base, "--rank", 8)
+        assert run("adapter", "convert", adapter, tmp_path / name, *how) == 0
+    got, expected = (load_tensors(tmp_path / name) for name in ("got", "expected"))
+    assert_same_tensors(got, expected)
+
+
+def test_what_loftq_would_start_at_zero_is_refused(gpt2, tmp_path, capfd):
+    """Of a base on the points of NF4 nothing is lost in NF4, and zeros do not train."""
+    complaint = "c_attn: loftq starts from what NF4 loses of a weight, and this one is in nf4"
+    refused(capfd, complaint, "init", "loftq", gpt2[0], tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()

@@ -1,0 +1,87 @@
+"""Checkpoints in 4 bits that read as dense ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from decoded_folders import decode, dense_values, large_experts
+from merged_folders import load, make_mixture, make_model, save_base
+from peak_memory import growth
+from quantized_folders import convert
+
+from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint, read_tensors
+from peftkern.tools.checkpoints.decoded import decoded
+
+KINDS = {
+    "llama, nf4": ("nf4", lambda: make_model(num_hidden_layers=1)),
+    "gpt2, int4": ("int4", lambda: make_model("GPT2", "LMHeadModel", hidden_size=128)),
+    "qwen3_moe, nf4": ("nf4", lambda: make_mixture("Qwen3Moe")),
+    "gpt_oss, nf4": ("nf4", lambda: make_mixture("GptOss")),
+    "gpt_oss, mxfp4": ("mxfp4", lambda: make_mixture("GptOss")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_are_those_that_transformers_loads(tmp_path: Path, kind: str) -> None:
+    """Whole, and item by item; what its config says is a dense model."""
+    format, make = KINDS[kind]
+    base = save_base(tmp_path / "base", make())
+    convert(base, tmp_path / "stored", format=format)
+    found = decoded(read_checkpoint(tmp_path / "stored", quantized=True))
+    expected = dense_values(load(decode(tmp_path / "stored", base, tmp_path / "decoded")))
+    assert "quantization_config" not in found.config
+    infos = [info for name, info in found.tensors.items() if name in expected]
+    assert len(infos) == len(found.tensors)
+    stacks = {info.name for info in infos if len(info.shape) == 3}
+    for names in (set(), stacks):
+        for info, parts in zip(infos, read_tensors(infos, names), strict=True):
+            tensors = list(parts)
+            got = torch.stack(tensors) if info.name in names else tensors[0]
+            assert got.dtype is torch.bfloat16 and tuple(got.shape) == info.shape
+            assert info.nbytes == got.nbytes and torch.equal(got, expected[info.name]), info.name
+    dense = read_checkpoint(base)
+    assert decoded(dense) is dense
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_named(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", make_mixture("Qwen3Moe"))
+    convert(base, tmp_path / "stored")
+    found = decoded(read_checkpoint(tmp_path / "stored", quantized=True))
+    path = tmp_path / "stored" / "model.safetensors"
+    names = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.q_proj.weight")
+    infos = [found.tensors[f"model.layers.0.{name}"] for name in names]
+    path.write_bytes(path.read_bytes()[:2000])
+    for info in infos:
+        for stacks in (set(), {info.name}):
+            with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was"):
+                list(map(list, read_tensors([info], stacks)))
+
+
+@pytest.mark.parametrize(("family", "format"), [("Qwen3Moe", "nf4"), ("GptOss", "mxfp4")])
+def test_experts_are_read_one_at_a_time(tmp_path: Path, family: str, format: str) -> None:
+    """Of 128, whose stack is 75 MB."""
+    count = 128
+    folder = large_experts(tmp_path / "large", family, format, count) / "base"
+    found = decoded(read_checkpoint(folder, quantized=True))
+    info = next(info for name, info in found.tensors.items() if name.endswith("gate_up_proj"))
+
+    def read() -> None:
+        for parts in read_tensors([info], {info.name}):
+            assert sum(1 for _ in parts) == count
+
+    read()
+    assert growth(read) < info.nbytes / 16
+    whole = growth(lambda: list(map(list, read_tensors([info]))))
+    assert whole < info.nbytes * 1.3
+
+
+def test_what_is_quantized_otherwise_is_refused(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", make_model(num_hidden_layers=1))
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq"}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="got quant_method 'gptq'"):
+        decoded(read_checkpoint(base, quantized=True))
