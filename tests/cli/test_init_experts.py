@@ -122,7 +122,7 @@ def test_what_cannot_start_experts_is_one_line(source, tmp_path, capfd):
     texts.write_text("text\n")
     destination = str(tmp_path / "dst")
     command = ("init", "corda", str(source), destination, *TARGETS, "--data", str(texts))
-    accepted = "pissa, olora, qpissa, loftq"
+    accepted = "pissa, olora, qpissa, loftq, eva"
     complaint = f"experts.gate_up_proj: expected one of {accepted} to start experts, got corda"
     refused(capfd, complaint, *command)
     command = ("init", "pissa", str(source), destination, "--target")
