@@ -15,7 +15,9 @@ int64_t validate(const RowGroups& groups) {
   }
   require(end <= groups.R, "offsets", end, groups.R, "rows at most");
   if (!groups.rows) {
-    require(groups.R == groups.T, "x: rows", groups.T, groups.R, "sorted rows without `rows`");
+    // No address may be that of an empty `rows`, too.
+    require(groups.R == 0 || groups.R == groups.T, "x: rows", groups.T, groups.R,
+            "sorted rows without `rows`");
     return end;
   }
   for (int64_t i = 0; i < end; ++i) {

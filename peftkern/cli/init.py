@@ -78,7 +78,8 @@ def init(
     DST is a new base with the adapter in its folder "adapter"; together they compute what BASE
     does. pissa and olora write a dense base, qpissa and loftq one in NF4, all four a tensor at a
     time; a stopped run resumes when it is repeated. They start experts, too, if these are named:
-    --target experts.down_proj. corda, eva and lora_ga load the model and run the texts through it.
+    --target experts.down_proj. corda, eva, which starts experts as well, and lora_ga load the model
+    and run the texts through it.
 
     Load: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DST), DST + "/adapter",
     is_trainable=True).

@@ -294,7 +294,7 @@ def input_spectrum(name: str, shape: tuple[int, int], found: PrincipalComponents
     """Return what the principal components of a layer's inputs explain."""
     if found.S is None:
         return LayerSpectrum.without_data(name, shape, "no batch runs through it")
-    return LayerSpectrum(name, shape, found.explained().sqrt() * found.norm, found.norm)
+    return LayerSpectrum(name, shape, found.S, found.norm)
 
 
 def gora_importance(name: str, weight: Weight, gradient: Tensor) -> LayerSpectrum:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import LLAMA, contents, load_tensors, save_llama
+from checkpoint_folders import LLAMA, contents, load_tensors, save_characters, save_llama
 from command_line import refused
 from peft import PeftModel
 from torch import Tensor
@@ -45,15 +45,8 @@ def loaded(folder: Path) -> PeftModel:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A checkpoint in several files, with a tokenizer of single characters."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     folder = save_llama(tmp_path_factory.mktemp("init") / "src", torch.float32, sharded=True)
-    vocabulary = {chr(ord("a") + i): i for i in range(26)}
-    tokenizer = Tokenizer(models.WordLevel({**vocabulary, "?": 26}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    save_characters(folder)
     return folder
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import contents, load_tensors, save_moe
+from checkpoint_folders import contents, load_tensors, save_characters, save_moe
 from command_line import refused
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
@@ -69,6 +70,26 @@ def test_experts_start_as_those_of_a_model_in_memory(source, tmp_path, capsys, m
         torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("source", ["qwen3_moe"], indirect=True)
+def test_texts_start_experts(source, tmp_path, capsys):
+    folder, texts = shutil.copytree(source, tmp_path / "src"), tmp_path / "texts.txt"
+    save_characters(folder)
+    texts.write_text("thequickbrownfox\njumpsoverthelazydog\n")
+    options = ("--rank", 4, "--alpha", 4, "--data", texts, *TARGETS)
+    assert run("eva", folder, tmp_path / "dst", *options) == 0
+    assert "eva: " in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
+    model = PeftModel.from_pretrained(base, tmp_path / "dst" / "adapter")
+    expected = logits(AutoModelForCausalLM.from_pretrained(source))
+    torch.testing.assert_close(logits(model), expected)
+    wrappers = [module for module in model.modules() if isinstance(module, ParamWrapper)]
+    assert len(wrappers) == 4
+    for wrapper in wrappers:  # what reads of each expert that has a token is orthonormal
+        A = wrapper.lora_A["default"].weight.unflatten(0, (wrapper.num_experts, -1)).detach()
+        errors = (A @ A.mT - torch.eye(A.shape[1])).abs().amax((1, 2))
+        assert errors.min() < 1e-4
+
+
 @pytest.mark.parametrize("source", ["qwen3_moe", "gpt_oss"], indirect=True)
 @pytest.mark.parametrize("method", ["qpissa", "loftq"])
 def test_stacks_in_nf4_are_closer_than_nf4_alone(source, tmp_path, capsys, method):
@@ -122,7 +143,7 @@ def test_what_cannot_start_experts_is_one_line(source, tmp_path, capfd):
     texts.write_text("text\n")
     destination = str(tmp_path / "dst")
     command = ("init", "corda", str(source), destination, *TARGETS, "--data", str(texts))
-    accepted = "pissa, olora, qpissa, loftq"
+    accepted = "pissa, olora, qpissa, loftq, eva"
     complaint = f"experts.gate_up_proj: expected one of {accepted} to start experts, got corda"
     refused(capfd, complaint, *command)
     command = ("init", "pissa", str(source), destination, "--target")

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from grids import thinned
-from grouped_cases import Grouped, check, grouped_operands, ours, with_gradients
+from grids import examples, thinned
+from grouped_cases import Grouped, check, check_terms, grouped_operands, ours, with_gradients
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,6 +20,7 @@ from peftkern.functional.grouped_linear import route
 
 F64, F32, F16, BF16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
 DTYPES = [(F32, F32), (BF16, F32), (F16, F32), (BF16, BF16), (F32, BF16)]
+FLAGS = ("transposed", "shared", "through_rows", "adapter", "bias")
 SHAPES = [(48, 64, 4), (31, 96, 1), (17, 32, 3), (64, 160, 16), (33, 32, 64)]  # N, K, r
 
 
@@ -68,6 +71,44 @@ def test_weights_of_any_strides(every_backend, transposed, lying):
         weight = torch.stack([o.weight, o.weight], dim=3)[..., 0]
     assert weight.stride(2) != 1 and weight.equal(o.weight)
     check(replace(o, weight=weight))
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_no_row_is_read(every_backend, nf4):
+    """An empty `rows` has no address, and is not for as many rows as x has."""
+    o = grouped_operands(F32, F32, sizes=(0, 0), nf4=nf4)
+    got = with_gradients(replace(o, rows=o.rows[:0], dy=o.dy[:0]), ours)
+    assert got["y"].shape == (0, 48) and got.keys() == {"y", "dx", "dA", "dB", "dbias"}
+    assert not any(value.any() for value in got.values())
+
+
+def apart(t: Tensor) -> Tensor:
+    """The same values with NaN between them."""
+    return torch.stack([t, torch.full_like(t, torch.nan)], dim=-1)[..., 0]
+
+
+def turned(t: Tensor) -> Tensor:
+    return t.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@examples(1)
+@given(
+    sizes=st.lists(
+        st.sampled_from([0, 0, 1, 2, 3, 4, 5, 8, 15, 16, 17, 33]), min_size=1, max_size=6
+    ),
+    shape=st.tuples(*(st.integers(1, n) for n in (270, 150, 33))),
+    long=st.booleans(),
+    dtypes=st.sampled_from(DTYPES),
+    lying=st.sampled_from([Tensor.clone, apart, turned]),
+    flags=st.fixed_dictionaries(dict.fromkeys(FLAGS, st.booleans())),
+    seed=st.integers(0, 2**31),
+)
+def test_any_groups(sizes, shape, long, dtypes, lying, flags, seed):
+    """Few rows of a group are another kernel than many, and what reads [E, K, N] is another one."""
+    torch.manual_seed(seed)
+    N, K, r = shape
+    options = {"N": N, "K": K + 1000 * long, "r": r, "sizes": tuple(sizes), **flags}
+    check_terms(grouped_operands(*dtypes, **options).each(lying))
 
 
 def test_factors_keep_their_strides(backend):

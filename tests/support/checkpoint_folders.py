@@ -23,6 +23,7 @@ from transformers import (
     OlmoeConfig,
     OlmoeForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -65,6 +66,17 @@ def save_moe(
             torch.nn.init.normal_(parameter, std=0.05)
     model.save_pretrained(folder)
     return model
+
+
+def save_characters(folder: Path) -> None:
+    """A tokenizer of single characters."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {chr(ord("a") + i): i for i in range(26)}
+    tokenizer = Tokenizer(models.WordLevel({**vocabulary, "?": 26}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
 
 
 def save_llama(

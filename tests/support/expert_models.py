@@ -25,6 +25,7 @@ _SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _SIZES |= dict.fromkeys(_COUNTS, E)
 _SIZES |= dict.fromkeys(("num_experts_per_tok", "top_k_experts", "moe_k", "moe_topk"), TOP)
+_SIZES |= {"kv_channels": 8}  # JetMoE's head_dim
 _SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _SIZES |= {"attn_implementation": "eager", "initializer_range": 0.2}
 _LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
@@ -139,8 +140,9 @@ def save_gpt_oss(folder: Path, vocab_size: int = VOCABULARY) -> tuple[Path, Path
 
 def expert_parameters(model: nn.Module) -> list[str]:
     """The full names of the weights of fused experts."""
+    ends = ("input_linear.weight", "output_linear.weight")  # of JetMoE's
     named = model.named_parameters()
-    return [name for name, p in named if "experts" in name and p.dim() == 3]
+    return [n for n, p in named if p.dim() == 3 and ("experts" in n or n.endswith(ends))]
 
 
 def add_experts_lora(model: nn.Module, **config: Any) -> PeftModel:

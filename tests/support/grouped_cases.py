@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tolerances import assert_as_accurate_as_torch
+from tolerances import SUM_RTOL, assert_as_accurate_as_torch
 from torch import Tensor
 
 import peftkern
@@ -38,9 +38,13 @@ class Grouped:
     scaling: float = 1.5
 
     def to(self, dtype: torch.dtype) -> Grouped:
+        return self.each(lambda value: value.to(dtype))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Grouped:
+        """The same with other values or strides of all that is float."""
         names = ("x", "weight", "lora_A", "lora_B", "bias", "dy")
         values = {name: getattr(self, name) for name in names}
-        return replace(self, **{k: v if v is None else v.to(dtype) for k, v in values.items()})
+        return replace(self, **{k: v if v is None else change(v) for k, v in values.items()})
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -141,6 +145,16 @@ def check(o: Grouped) -> None:
     for name, value in got.items():
         assert value.dtype is eager[name].dtype, name
         assert_as_accurate_as_torch(value, eager[name], oracle[name])
+
+
+def check_terms(o: Grouped) -> None:
+    """No result misses a term or has one too many: its error is small beside all magnitudes."""
+    got, oracle = with_gradients(o, ours), with_gradients(o.to(torch.float64), looped)
+    magnitudes = with_gradients(o.to(torch.float64).each(torch.abs), looped)
+    for name, value in got.items():
+        rtol = max(SUM_RTOL[o.x.dtype], SUM_RTOL[value.dtype])
+        wrong = (value.double() - oracle[name]).abs() > rtol * magnitudes[name]
+        assert value.isfinite().all() and not wrong.any(), name
 
 
 def run_ops(o: Grouped, needs: Sequence[bool] = (True,) * 4, of: Any = ops) -> dict[str, Tensor]:

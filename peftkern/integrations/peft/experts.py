@@ -42,6 +42,7 @@ from peftkern.integrations.peft.fingerprint import fingerprint
 from peftkern.integrations.peft.serve import switched_off
 from peftkern.layers.expert_stack import WHOLE_EXPERTS, ExpertStack, expert_weight, is_transposed
 from peftkern.layers.experts import Experts, ends_in_norm, gate_of, weight_names
+from peftkern.methods.initialization.expert_statistics import WITHOUT_FLAGS, Shown
 
 try:
     from transformers.integrations.moe import use_experts_implementation
@@ -261,17 +262,26 @@ def _asks(experts: nn.Module) -> bool:
     return getattr(type(experts).forward, "__code__", None) is _CODE
 
 
-def shows_experts(module: nn.Module) -> bool:
-    """Return whether a module has fused experts that `experts_in_parts` can run."""
-    known = _asks(module) or type(module).forward is Experts.forward
-    if not known or "parametrizations" in module._modules:
-        return False
-    try:
-        names = weight_names(module)
-        is_transposed(module, *names)
-    except (TypeError, ValueError):
-        return False
-    return all(module._parameters[name].dim() == 3 for name in names)
+def shown_weight(module: nn.Module, own: str, parent: nn.Module) -> Shown | None:
+    """Return a weight [E, m, n] of a module of experts, if what flows through it can be seen.
+
+    Args: parent, the module that has the experts.
+    """
+    kind, router = type(module), None
+    if "parametrizations" in module._modules or module._parameters[own].dim() != 3:
+        return None
+    if _asks(module) or kind.forward is Experts.forward:
+        try:
+            names = weight_names(module)
+            is_transposed(module, *names)
+        except (TypeError, ValueError):
+            return None
+    elif kind.__module__.startswith("transformers."):
+        names = WITHOUT_FLAGS.get(kind.__name__, ())
+        router = getattr(parent, "router", None) if names == ("weight",) else None
+    else:
+        return None
+    return Shown(module, own, router) if own in names else None
 
 
 def _implementation(experts: nn.Module) -> str:

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import EvaConfig, LoraGAConfig, initialize_lora_eva_weights
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 
 from peftkern.formats.rank_patterns import PREFIX
 from peftkern.functional.arguments import mismatch
-from peftkern.integrations.peft.init_layers import Layer, kept_dtypes
+from peftkern.integrations.peft.init_layers import Layer, kept_dtypes, set_stack_ranks
 from peftkern.integrations.peft.serve import BNB_TYPES
 from peftkern.layers.quantize import with_progress
 from peftkern.methods.initialization.expert_statistics import (
+    Stacks,
     expert_gradients,
     expert_input_statistics,
 )
@@ -27,6 +28,7 @@ from peftkern.methods.initialization.from_data import (
     Covariance,
     PrincipalComponents,
     corda,
+    explained_together,
     lora_ga,
     share_ranks,
 )
@@ -43,6 +45,19 @@ from peftkern.methods.initialization.statistics import (
 
 Loss = Callable[[nn.Module, Any], Tensor]
 NO_GRADIENT = "the loss does not depend on it"
+NOT_SEEN = "the inputs of a parameter are not seen, as those of a layer are"
+
+
+class Directions(NamedTuple):
+    """Directions [k, n] in the inputs of each matrix of a layer, which its lora_A starts from.
+
+    rank: of the layer; an expert that fewer rows reach has fewer. energy: the share of all inputs'
+    variance that they explain.
+    """
+
+    rank: int
+    of_each: list[Tensor]
+    energy: float
 
 
 @dataclass(frozen=True)
@@ -92,29 +107,31 @@ class DataRuns:
             raise ValueError("loss: expected to depend on a layer of the adapter, on none it does")
         return factors
 
-    def eva(self, layers: Sequence[Layer], config: EvaConfig) -> dict[str, Factors]:
-        """Return EVA's factors of each layer, of rank 0 where none of its directions is chosen."""
+    def eva(
+        self, layers: Sequence[Layer], stacks: Stacks, config: EvaConfig
+    ) -> dict[str, Directions]:
+        """Return the directions of EVA of each layer: none where none of them is chosen.
+
+        Args: stacks, the weights of those layers that are experts.
+        """
         counts = {layer.name: round(layer.rank * config.rho) for layer in layers}
-        found = self.components(layers, counts, _rows_of(config))
+        linear = [layer for layer in layers if layer.name not in stacks]
+        rows = _rows_of(config)
+        found = {n: [one] for n, one in self.components(linear, counts, rows).items()}
+        found |= self.expert_components(stacks, counts, rows)
         explained = {}
-        for name, principal in found.items():
+        for name, parts in found.items():
             with named(name):
-                explained[name] = principal.explained()
+                explained[name] = explained_together(parts)
         if config.rho == 1:  # no redistribution: what rank_pattern says stays
             ranks = {la.name: min(la.rank, len(explained[la.name])) for la in layers}
         else:
             ranks = share_ranks(explained, sum(layer.rank for layer in layers))
-        factors = {}
-        for layer in layers:
-            principal, rank = found[layer.name], ranks[layer.name]
-            lora_A = principal.components[:rank]
-            if config.whiten:
-                root = principal.S[:rank].sqrt()[:, None]
-                lora_A = torch.where(root > 0, lora_A / root, 0)
-            lora_B = lora_A.new_zeros(layer.weight.shape[0], rank)
-            energy = float(explained[layer.name][:rank].sum())
-            factors[layer.name] = Factors(lora_A, lora_B, energy)
-        return factors
+        chosen = {}
+        for name, rank in ranks.items():
+            of_each = [principal.leading(rank, whiten=config.whiten) for principal in found[name]]
+            chosen[name] = Directions(rank, of_each, float(explained[name][:rank].sum()))
+        return chosen
 
     def gradients(
         self, layers: Sequence[Layer], *, training: bool
@@ -171,13 +188,12 @@ class DataRuns:
         order = (*most, *(name for name in modules if name not in most))
         return {name: found[leaders[name]] for name in order}
 
-    def expert_gradients(
-        self, stacks: Mapping[str, nn.Module], sizes: Mapping[str, int]
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield each weight of these modules of experts, by name, with its gradient [E, m, n].
+    def expert_gradients(self, stacks: Stacks) -> Iterator[tuple[str, Tensor]]:
+        """Yield each weight of experts, by name, with its gradient [E, m, n].
 
-        Args: sizes, bytes of each gradient, `statistics_bytes` of which are made by one run.
+        `statistics_bytes` of them are made by one run of the batches.
         """
+        sizes = {name: 4 * one.weight.numel() for name, one in stacks.items()}
         with _base_alone(self.model, training=False):
             for group in groups(sizes, self.statistics_bytes):
                 chosen = {name: stacks[name] for name in group}
@@ -186,13 +202,15 @@ class DataRuns:
                     yield name, found.pop(name)
 
     def expert_components(
-        self, stacks: Mapping[str, nn.Module], counts: Mapping[str, int], sizes: Mapping[str, int]
+        self, stacks: Stacks, counts: Mapping[str, int], rows: Callable[[Any], Rows]
     ) -> Iterator[tuple[str, list[PrincipalComponents]]]:
-        """Yield each weight of these modules of experts, by name, with the principal components of
-        the inputs of each expert, `counts` of them.
-
-        Args: sizes, bytes of a weight's, `statistics_bytes` of which are made by one run.
-        """
+        """Yield each weight of experts, by name, with the principal components of the inputs of
+        each expert, `counts` of them; in groups as above."""
+        sizes = {}
+        for name, one in stacks.items():
+            E, *sides = one.weight.shape
+            columns = sides[0 if one.turned else 1]
+            sizes[name] = 4 * E * columns * min(counts[name], columns)
         with _base_alone(self.model, training=False):
             for group in groups(sizes, self.statistics_bytes):
                 found = expert_input_statistics(
@@ -200,7 +218,7 @@ class DataRuns:
                     self._forward,
                     self.batches,
                     lambda name: PrincipalComponents(counts[name], self.options["seed"]),
-                    counted_rows,
+                    rows,
                 )
                 for name in group:
                     yield name, found.pop(name)
@@ -224,25 +242,62 @@ class DataRuns:
 
 
 def start_eva(
-    model: PeftModel, layers: Sequence[Layer], factors: Mapping[str, Factors]
+    model: PeftModel, layers: Sequence[Layer], stacks: Stacks, found: Mapping[str, Directions]
 ) -> tuple[tuple[LayerStart, ...], dict[str, str]]:
-    """Start layers by EVA; PEFT gives them their ranks, and drops those that get none."""
+    """Start layers by EVA, each with its rank; those that get none lose their adapter."""
+    config = model.peft_config[layers[0].adapter_name]
+    linear = [layer for layer in layers if layer.name not in stacks]
+    with kept_dtypes(model):
+        if linear:
+            _set_linear_ranks(model, linear, found)
+        if stacks:
+            ranked = [(la, found[la.name].rank) for la in layers if la.name in stacks]
+            set_stack_ranks(model, config, ranked, alone=not linear)
+    started, skipped = [], {}
+    for layer in layers:
+        rank, of_each, energy = found[layer.name]
+        if not rank:
+            skipped[layer.name] = "no direction of its inputs is among those that explain most"
+            continue
+        turned = stacks[layer.name].turned if layer.name in stacks else None
+        for index, directions in enumerate(of_each):
+            layer.take_inputs(index, directions, turned)
+        start = LayerStart(layer.name, layer.shape, rank, layer.scaling, None, energy)
+        started.append(replace(start, matrices=len(of_each)))
+    return tuple(started), skipped
+
+
+def _set_linear_ranks(
+    model: PeftModel, layers: Sequence[Layer], found: Mapping[str, Directions]
+) -> None:
+    """Let PEFT give linear layers their ranks, and drop those that get none."""
     adapter_name = layers[0].adapter_name
     config = model.peft_config[adapter_name]
     own = config.eva_config
     config.init_lora_weights, config.eva_config = "eva", own or EvaConfig()
-    state = {PREFIX + name: found.lora_A for name, found in factors.items()}
-    with kept_dtypes(model), _kept_factors(model, layers):
+    state = {PREFIX + layer.name: found[layer.name].of_each[0] for layer in layers}
+    with _without_parameters(model), _kept_factors(model, layers):
         initialize_lora_eva_weights(model, eva_state_dict=state, adapter_name=adapter_name)
     config.init_lora_weights, config.eva_config = True, own
-    started, skipped = [], {}
-    for layer in layers:
-        if not len(factors[layer.name].lora_A):
-            skipped[layer.name] = "no direction of its inputs is among those that explain most"
-            continue
-        layer.write(factors[layer.name])
-        started.append(LayerStart.of(layer.name, factors[layer.name], layer.scaling, None))
-    return tuple(started), skipped
+
+
+@contextlib.contextmanager
+def _without_parameters(model: PeftModel) -> Iterator[None]:
+    """Take adapters of parameters away meanwhile: PEFT's EVA would take them for layers."""
+    places = [
+        (parent, name, child)
+        for parent in model.modules()
+        if not isinstance(parent, ParamWrapper)
+        for name, child in parent._modules.items()
+        if isinstance(child, ParamWrapper)
+    ]
+    for parent, name, child in places:
+        parent._modules[name] = child.get_base_layer()
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child
 
 
 @contextlib.contextmanager

@@ -10,7 +10,8 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import EvaConfig
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -104,22 +105,41 @@ class Layer:
         return replace(start, shape=self.shape)
 
     def write(self, factors: Factors, index: int = 0) -> Factors:
-        """Write the factors of a matrix; return them as they are in the adapter's dtype.
-
-        PEFT's lora_A [E * r, n] has those of one expert after another, and column j * E + e of its
-        lora_B [m, r * E] is column j of expert e's.
-        """
-        count = len(self.matrices)
-        all_A, all_B = (
-            side[self.adapter_name].weight.data for side in (self.module.lora_A, self.module.lora_B)
-        )
-        place = Factors(
-            all_A.unflatten(0, (count, -1))[index], all_B.unflatten(1, (-1, count))[..., index], 0.0
-        )
+        """Write the factors of a matrix; return them as they are in the adapter's dtype."""
+        place = self._place(index)
         lora_A, lora_B, *_ = place.T if self.turned else place
         lora_A.copy_(factors.lora_A)
         lora_B.copy_(factors.lora_B)
         return factors._replace(lora_A=lora_A.float(), lora_B=lora_B.float())
+
+    def take_inputs(self, index: int, directions: Tensor, turned: bool | None = None) -> None:
+        """Let a matrix's update read directions [k, n] of the inputs, and start at zero.
+
+        An expert's update has more ranks than that if few rows reach it: they start as they were
+        drawn.
+        Args: turned, whether experts are [E, in, out], which PEFT is not told of all that are: its
+            lora_B is then what reads.
+        """
+        lora_A, lora_B, *_ = self._place(index)
+        k = len(directions)
+        lora_B.zero_()
+        if not k:
+            return
+        if turned is not None and turned != _is_transposed(self.module):
+            lora_B[:, :k].copy_(directions.T)
+            lora_A[:k].zero_()
+        else:
+            lora_A[:k].copy_(directions)
+
+    def _place(self, index: int) -> Factors:
+        """Return views of PEFT's factors: its lora_A [E * r, n] has those of one expert after
+        another, and column j * E + e of its lora_B [m, r * E] is column j of expert e's."""
+        count = len(self.matrices)
+        all_A, all_B = (
+            side[self.adapter_name].weight.data for side in (self.module.lora_A, self.module.lora_B)
+        )
+        lora_A = all_A.unflatten(0, (count, -1))[index]
+        return Factors(lora_A, all_B.unflatten(1, (-1, count))[..., index], 0.0)
 
     def complete(self, starts: Sequence[LayerStart]) -> LayerStart:
         """Return the start of the layer, all of whose matrices have been started."""
@@ -274,6 +294,49 @@ def set_rank(model: PeftModel, adapter_name: str, rank: Any) -> None:
             if isinstance(module, LoraLayer) and adapter_name in module.r:
                 alpha = module.lora_alpha[adapter_name]
                 module.update_layer(adapter_name, r=rank, lora_alpha=alpha, config=settings)
+
+
+def set_stack_ranks(
+    model: PeftModel, config: LoraConfig, ranks: Sequence[tuple[Layer, int]], *, alone: bool
+) -> None:
+    """Give adapters of experts these ranks, and the scalings that EVA has for them; take those of
+    rank 0 away.
+
+    Args: alone: no patterns of config are of other layers.
+    """
+    settings = copy(config)
+    settings.init_lora_weights = True
+    eva = config.eva_config or EvaConfig()
+    for layer, rank in ranks:
+        module, name = layer.module, layer.adapter_name
+        if rank in (0, module.r[name]):
+            continue
+        alpha = module.lora_alpha[name]
+        alpha *= rank / module.r[name] if eva.adjust_scaling_factors else 1
+        module.update_layer(name, r=rank, lora_alpha=alpha, config=settings)
+    dropped = {layer.module for layer, rank in ranks if not rank}
+    for parent in list(model.modules()) if dropped else ():
+        for name, child in parent._modules.items():
+            while child in dropped:
+                child = child.base_layer
+            parent._modules[name] = child
+    if alone:
+        config.rank_pattern, config.alpha_pattern = {}, {}
+    kept = {
+        _name(path.removeprefix(PREFIX), module): module
+        for path, module in model.named_modules()
+        if isinstance(module, ParamWrapper)
+    }
+    for name, module in kept.items():
+        for values, default, pattern in (
+            (module.r, config.r, config.rank_pattern),
+            (module.lora_alpha, config.lora_alpha, config.alpha_pattern),
+        ):
+            (value,) = values.values()  # there is one adapter
+            if value != default:
+                pattern[name] = value
+    if dropped:
+        config.target_parameters = list(kept)
 
 
 @contextlib.contextmanager

@@ -17,13 +17,22 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 
 from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.formats.rank_patterns import PREFIX
 from peftkern.functional.arguments import mismatch
 from peftkern.functional.panels import full_float32
 from peftkern.functional.truncated_svd import check_options
-from peftkern.integrations.peft.init_data import NO_GRADIENT, DataRuns, start_eva
+from peftkern.integrations.peft.experts import shown_weight
+from peftkern.integrations.peft.init_data import (
+    NO_GRADIENT,
+    NOT_SEEN,
+    DataRuns,
+    Directions,
+    start_eva,
+)
 from peftkern.integrations.peft.init_layers import Layer, find_layers, set_rank
 from peftkern.integrations.peft.patch import is_patched
 from peftkern.layers.quantize import level_of_the_caller, with_progress
+from peftkern.methods.initialization.expert_statistics import Shown
 from peftkern.methods.initialization.factors import (
     Factors,
     check_finite,
@@ -39,6 +48,7 @@ __all__ = ["initialize_"]
 
 FROM_DATA = ("corda", "eva", "lora_ga")
 METHODS = (*FROM_WEIGHTS, *FROM_DATA)
+OF_EXPERTS = (*FROM_WEIGHTS, "eva")
 PLAIN = Storage(double_quant=False)  # of a base that stays dense, as in PEFT's LoftQ
 
 
@@ -66,8 +76,8 @@ def initialize_(
     Before `peftkern.patch` and before the optimizer is made. A layer's base becomes weight -
     scaling * B A, so that the model computes what it did; of "eva" it stays, and B is zero. One
     layer is worked on at a time, by panels of rows; only "corda" and "lora_ga" hold a dense matrix.
-    Fused experts with adapters by `target_parameters` start by the first four methods, each expert
-    for itself, a few at a time.
+    Fused experts with adapters by `target_parameters` start by the first four methods and by "eva",
+    each expert for itself; all of a parameter have one rank.
 
     The adapter belongs to that changed base. Saved as usual (init_lora_weights is True
     afterwards, so that loading does not start it once more), it loads in any PEFT on the base
@@ -116,15 +126,25 @@ def initialize_(
                 model, adapter_name, weights or {}, keeps_base=method == "eva"
             )
             _check_experts(method, found)
+            stacks: dict[str, Shown] = {}
+            if method == "eva":
+                found, stacks = _seen(model, found, skipped)
             layers = [replace(layer, asked=rank) for layer in found]
             _check_layers(method, layers, iterations)
             runs = DataRuns(model, batches, loss, statistics_bytes, options)
-            factors = _from_data(method, layers, runs, config)
+            factors, directions = {}, {}
+            if method == "eva":
+                directions = runs.eva(layers, stacks, config.eva_config or EvaConfig())
+            elif method == "corda":
+                factors = runs.corda(layers)
+            elif method == "lora_ga":
+                factors = runs.lora_ga(layers, config.lora_ga_config or LoraGAConfig())
         if rank is not None:
             set_rank(model, adapter_name, rank)
             layers = found
         if method == "eva":
-            started, dropped = start_eva(model, layers, factors)
+            started, dropped = start_eva(model, layers, stacks, directions)
+            _tell_unreached(directions)
             return InitReport(method, started, {**skipped, **dropped}, model)
         if method == "lora_ga":
             layers = _reached(layers, factors, skipped)
@@ -196,19 +216,6 @@ def _start(
         return [layer.take(index, *one) for index, one in zip(group, made, strict=True)]
 
 
-def _from_data(
-    method: str, layers: list[Layer], runs: DataRuns, config: LoraConfig
-) -> dict[str, Factors]:
-    """Return the factors of a method that needs batches; of others none."""
-    if method == "corda":
-        return runs.corda(layers)
-    if method == "lora_ga":
-        return runs.lora_ga(layers, config.lora_ga_config or LoraGAConfig())
-    if method == "eva":
-        return runs.eva(layers, config.eva_config or EvaConfig())
-    return {}
-
-
 def _check_arguments(method: Any, rank: Any, steps: Any) -> None:
     if method not in METHODS:
         raise mismatch("method", f"one of {METHODS}", method)
@@ -256,11 +263,49 @@ def _check_model(model: Any, method: str, given: Any, adapter_name: str) -> None
 
 
 def _check_experts(method: str, layers: list[Layer]) -> None:
-    """Raise ValueError for adapters of parameters, unless the method starts from weights alone."""
+    """Raise ValueError for adapters of parameters, unless the method starts those."""
     names = [layer.name for layer in layers if isinstance(layer.module, ParamWrapper)]
-    if names and method not in FROM_WEIGHTS:
-        expected = f"one of {FROM_WEIGHTS} for target_parameters ({names[0]})"
+    if names and method not in OF_EXPERTS:
+        expected = f"one of {OF_EXPERTS} for target_parameters ({names[0]})"
         raise mismatch("method", expected, method)
+
+
+def _seen(
+    model: PeftModel, layers: Sequence[Layer], skipped: dict[str, str]
+) -> tuple[list[Layer], dict[str, Shown]]:
+    """Return the layers whose inputs can be seen, and of those that are experts their weights;
+    note the others in `skipped`. Raises: ValueError if none can."""
+    found, stacks = [], {}
+    for layer in layers:
+        if isinstance(layer.module, ParamWrapper):
+            path, _, own = f"{PREFIX}{layer.name}".rpartition(".")
+            parent = model.get_submodule(path.rpartition(".")[0])
+            shown = shown_weight(layer.base, own, parent)
+            if shown is None:
+                skipped[layer.name] = NOT_SEEN
+                continue
+            stacks[layer.name] = shown
+        found.append(layer)
+    if not found:
+        name, reason = next(iter(skipped.items()))
+        raise ValueError(f"{name}: {reason}")
+    return found, stacks
+
+
+def _tell_unreached(directions: Mapping[str, Directions]) -> None:
+    """Warn once of experts that no batch runs through."""
+    found = {}
+    for name, (rank, of_each, _) in directions.items():
+        without = [str(expert) for expert, one in enumerate(of_each) if not len(one)]
+        if rank and without:
+            found[name] = f"{name} {', '.join(without)}"
+    if found:
+        more = f" and of {len(found) - 3} more" if len(found) > 3 else ""
+        warnings.warn(
+            f"eva: no batch runs through experts of {'; '.join(list(found.values())[:3])}{more}: "
+            "left at the default initialization",
+            stacklevel=level_of_the_caller(),
+        )
 
 
 def _check_layers(method: str, layers: list[Layer], iterations: Any) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftkern.functional.arguments import WEIGHT_DTYPES
-from peftkern.integrations.peft.experts import shows_experts
-from peftkern.integrations.peft.init_data import NO_GRADIENT, DataRuns
-from peftkern.layers.experts import weight_names
+from peftkern.integrations.peft.experts import shown_weight
+from peftkern.integrations.peft.init_data import NO_GRADIENT, NOT_SEEN, DataRuns, counted_rows
+from peftkern.methods.initialization.expert_statistics import Shown
 from peftkern.methods.rank_choice import (
     LayerSpectrum,
     gora_importance,
@@ -24,15 +24,16 @@ from peftkern.methods.rank_choice import (
 
 @dataclass(frozen=True)
 class Stack:
-    """A parameter [E, m, n], or [m, n], by its name in the model; turned: [E, n, m].
+    """A parameter [E, m, n], or [m, n], by its name in the model.
 
-    module: of fused experts, if what flows through them can be seen.
+    turned: [E, n, m], of those that PEFT knows to be so. shown: if what flows through it can be
+    seen.
     """
 
     name: str
     parameter: Tensor
     turned: bool
-    module: nn.Module | None = None
+    shown: Shown | None = None
 
     @property
     def packed(self) -> bool:
@@ -61,19 +62,20 @@ def find_stacks(
     """
     found, skipped, used = [], {}, set()
     for path, module in model.named_modules():
+        parent = model.get_submodule(path.rpartition(".")[0])
         for own, parameter in module.named_parameters(recurse=False):
             name = f"{path}.{own}"
             ends = {one for one in targets if name == one or name.endswith(f".{one}")}
             used |= ends
             if not ends:
                 continue
-            seen = shows_experts(module) and own in weight_names(module)
-            reason = _refusal(parameter, by, seen)
+            shown = shown_weight(module, own, parent)
+            reason = _refusal(parameter, by, shown is not None)
             if reason:
                 skipped[name] = reason
             else:
                 turned = parameter.dim() == 3 and bool(getattr(module, "is_transposed", False))
-                found.append(Stack(name, parameter, turned, module if seen else None))
+                found.append(Stack(name, parameter, turned, shown))
     unknown = sorted(set(targets) - used)
     if unknown:
         raise ValueError(f"target_parameters: no parameter is called {unknown[0]!r}")
@@ -86,7 +88,7 @@ def _refusal(parameter: Tensor, by: str, seen: bool) -> str | None:
     Args: seen, whether what flows through it can be.
     """
     if by == "activations" and not seen:
-        return "the inputs of a parameter are not seen, as those of a layer are"
+        return NOT_SEEN
     if parameter.is_meta:
         return "it has no values yet, it is on the meta device"
     if parameter.dim() not in (2, 3) or parameter.dtype not in WEIGHT_DTYPES:
@@ -123,13 +125,8 @@ def stack_spectra(
 def _input_spectra(stacks: Sequence[Stack], runs: DataRuns, count: int) -> Iterator[LayerSpectrum]:
     """Yield what principal components of the rows routed to each expert explain, added up."""
     named = {stack.name: stack for stack in stacks}
-    counts = {name: min(count, stack.shape[1]) for name, stack in named.items()}
-    sizes = {
-        name: 4 * len(stack.parameter) * stack.shape[1] * counts[name]
-        for name, stack in named.items()
-    }
-    modules = {name: stack.module for name, stack in named.items()}
-    for name, experts in runs.expert_components(modules, counts, sizes):
+    shown = {name: stack.shown for name, stack in named.items()}
+    for name, experts in runs.expert_components(shown, dict.fromkeys(named, count), counted_rows):
         parts = [input_spectrum(name, named[name].shape, one) for one in experts]
         without = [str(expert) for expert, one in enumerate(parts) if one.unreached]
         if without and len(without) < len(parts):
@@ -145,10 +142,8 @@ def _gradients(stacks: Sequence[Stack], runs: DataRuns) -> Iterator[tuple[Stack,
     found = runs.parameter_gradients({stack.name: stack.parameter for stack in dense})
     yield from zip(dense, found, strict=True)
     packed = {stack.name: stack for stack in stacks if stack.packed}
-    sizes = {name: 4 * stack.parameter.numel() for name, stack in packed.items()}
-    modules = {name: stack.module for name, stack in packed.items()}
-    for name, gradient in runs.expert_gradients(modules, sizes):
-        yield packed[name], gradient.mT if packed[name].turned else gradient
+    for name, gradient in runs.expert_gradients({name: one.shown for name, one in packed.items()}):
+        yield packed[name], gradient.mT if packed[name].shown.turned else gradient
 
 
 def _unreached(gradients: Sequence[Tensor]) -> str:

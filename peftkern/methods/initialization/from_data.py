@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peftkern.functional.arguments import mismatch
@@ -166,14 +167,33 @@ class PrincipalComponents:
         """|.|_F of the centered rows."""
         return math.sqrt(self._squares)
 
-    def explained(self) -> Tensor:
-        """Return the share of the rows' variance that each component explains, [k] float64.
+    def leading(self, rank: int, *, whiten: bool = False) -> Tensor:
+        """Return the first `rank` components, or as many as there are: [k, n].
 
-        Raises: ValueError if no row came.
+        Args: whiten: each divided by the square root of its singular value.
         """
-        if self.S is None:
-            raise ValueError("batches: expected finite inputs of the layer, got none")
-        return self.S.double().square() / max(self._squares, torch.finfo(torch.float64).tiny)
+        if self.components is None:
+            return torch.empty(0, 0, device="cpu")
+        found = self.components[:rank]
+        if whiten:
+            root = self.S[:rank].sqrt()[:, None]
+            found = torch.where(root > 0, found / root, 0)
+        return found
+
+
+def explained_together(parts: Sequence[PrincipalComponents]) -> Tensor:
+    """Return the share of the variance of all rows that the first, second, ... components of all
+    parts explain, each of its own rows: [k] float64.
+
+    Raises: ValueError if no row came.
+    """
+    squares = [one.S.double().square() for one in parts if one.S is not None]
+    if not squares:
+        raise ValueError("batches: expected finite inputs of the layer, got none")
+    most = max(map(len, squares))
+    total = sum(one.norm**2 for one in parts)
+    shares = torch.stack([F.pad(one, (0, most - len(one))) for one in squares]).sum(0)
+    return shares / max(total, torch.finfo(torch.float64).tiny)
 
 
 def share_ranks(explained: Mapping[str, Tensor], budget: int) -> dict[str, int]:

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftkern.formats.rank_patterns import exact_targets, pattern_key
+from peftkern.integrations.peft.initialize import OF_EXPERTS
 from peftkern.layers.quantize import expert_parameters
 from peftkern.methods.initialization.factors import check_rank
-from peftkern.methods.initialization.from_weights import FROM_WEIGHTS
 from peftkern.tools.adapters.extract_experts import Stack, find_stack
 from peftkern.tools.checkpoints.architecture import Load, check_shape, find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
@@ -143,8 +143,8 @@ def find_targets(
     if not chosen and not others:
         raise CheckpointError(f"{checkpoint.folder}: holds no linear layer")
     for target in chosen.values():
-        if target.parameter and method not in FROM_WEIGHTS:
-            accepted = ", ".join(FROM_WEIGHTS)
+        if target.parameter and method not in OF_EXPERTS:
+            accepted = ", ".join(OF_EXPERTS)
             raise CheckpointError(
                 f"target: {target.name}: expected one of {accepted} to start experts, got {method}"
             )

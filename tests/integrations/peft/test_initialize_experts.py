@@ -9,14 +9,19 @@ from typing import Any
 import pytest
 import torch
 from expert_models import (
+    VOCABULARY,
     E,
     K,
     expert_net,
     expert_parameters,
+    fill_lora_B,
+    inputs,
     save_gpt_oss,
     tiny_moe,
 )
+from expert_rows import routed_rows
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import EvaConfig
 from peft.tuners.lora.layer import ParamWrapper
 from peft_models import layer_of, lora_net
 from torch import Tensor, nn
@@ -252,6 +257,132 @@ def test_a_parameter_of_two_dimensions_is_one_matrix():
     assert relative(logits(report.model), before) <= 1e-4
 
 
+TOKENS = torch.randint(3, VOCABULARY, (2, 3, 24), generator=torch.Generator().manual_seed(0))
+MASK = torch.ones_like(TOKENS[0])
+MASK[1, 15:] = MASK[2, 3:] = 0
+TEXTS = [{"input_ids": tokens, "attention_mask": MASK} for tokens in TOKENS]
+# PEFT takes Llama 4's weights [E, in, out] for [E, out, in]: lora_B is what reads there.
+of_eva = pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss", "Llama4Text", "JetMoe"])
+
+
+def eva_settings(family: str, base: nn.Module, **config: Any) -> LoraConfig:
+    return settings(base, target_modules=["kv_proj" if family == "JetMoe" else "q_proj"], **config)
+
+
+def reading(wrapper: ParamWrapper, family: str) -> tuple[Tensor, Tensor]:
+    """Of each expert what of the factors reads its inputs [E, r, n], and the other one."""
+    A, B = (side["default"].weight.detach() for side in (wrapper.lora_A, wrapper.lora_B))
+    factors = A.unflatten(0, (E, -1)), B.unflatten(1, (-1, E)).permute(2, 1, 0)
+    return factors[::-1] if family == "Llama4Text" else factors
+
+
+@of_eva
+def test_eva_reads_the_directions_of_the_rows_of_each_expert(family):
+    base = tiny_moe(family)
+    before, rows, twin = logits(base), routed_rows(base, TEXTS), copy.deepcopy(base)
+    report = peftkern.initialize_(base, "eva", eva_settings(family, base), batches=TEXTS)
+    assert torch.equal(logits(report.model), before)
+    found = {layer.name: layer for layer in report.layers}
+    for name, wrapper in wrappers(report.model).items():
+        layer, (reads, writes) = found[name], reading(wrapper, family)
+        assert (layer.matrices, layer.rank) == (E, reads.shape[1]) and layer.scaling == 1.5
+        assert layer.scaling == wrapper.scaling["default"]
+        squares = torch.zeros(2, dtype=torch.float64)
+        for x, mine, other in zip(rows[name], reads, writes, strict=True):
+            k = min(len(x), layer.rank)
+            assert not other[:k].any()
+            torch.testing.assert_close(mine[:k] @ mine[:k].T, torch.eye(k), rtol=0, atol=1e-4)
+            if not k:
+                continue
+            centered = x - x.mean(0)
+            kept = (centered @ mine[:k].double().T).square().sum()
+            assert kept >= 0.97 * torch.linalg.svdvals(centered)[:k].square().sum()
+            squares += torch.stack([kept, centered.square().sum()])
+        assert layer.energy == pytest.approx((squares[0] / squares[1]).item(), rel=0.02)
+    options = {"min_rank": 0, "max_rank": 8, "batches": TEXTS}
+    chosen = peftkern.suggest_ranks(twin, eva_settings(family, twin), "activations", **options)
+    assert {name: found[name].rank if name in found else 0 for name in chosen.ranks} == chosen.ranks
+    assert len(set(chosen.ranks.values())) > 1
+
+
+@of_eva
+@pytest.mark.parametrize("given", [None, (0, 3, 2, 0), (0, 0, 5, 4)], ids=str)
+def test_an_adapter_of_eva_loads_on_the_base_that_it_left_alone(
+    tmp_path, monkeypatch, family, given
+):
+    """With the ranks that it chose, or others, of which those of 0 leave no adapter."""
+    base = tiny_moe(family)
+    names = expert_parameters(base)
+    if given is not None:
+        ranks = dict(zip(names, given, strict=False))
+        monkeypatch.setattr(
+            "peftkern.integrations.peft.init_data.share_ranks",
+            lambda explained, budget: {name: ranks.get(name, 2) for name in explained},
+        )
+    report = peftkern.initialize_(base, "eva", eva_settings(family, base), batches=TEXTS)
+    ranks = {layer.name: layer.rank for layer in report.layers if layer.name in names}
+    model = report.model
+    assert {name: wrapper.r["default"] for name, wrapper in wrappers(model).items()} == ranks
+    assert len(ranks) == len(names) - (given or ()).count(0) and len({*ranks.values()}) > 1
+    with torch.no_grad():  # as if it had been trained
+        for wrapper in wrappers(model).values():
+            wrapper.lora_A["default"].weight.add_(0.01)
+            wrapper.lora_B["default"].weight.add_(0.01)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_moe(family), tmp_path)
+    assert {name: wrapper.r["default"] for name, wrapper in wrappers(loaded).items()} == ranks
+    assert relative(logits(loaded), expected) <= 1e-5
+
+
+def test_eva_of_experts_in_nf4_is_that_of_what_they_decode_to():
+    packed, decoded = tiny_moe(), tiny_moe()
+    peftkern.quantize_(packed, include=["experts"])
+    with torch.no_grad():
+        for name in expert_parameters(decoded):
+            decoded.get_parameter(name).copy_(packed.get_parameter(name).dequantize())
+    before = logits(packed)
+    models = [
+        peftkern.initialize_(base, "eva", settings(base), batches=TEXTS, statistics_bytes=1).model
+        for base in (packed, decoded)
+    ]
+    assert torch.equal(logits(models[0]), before)
+    for one, other in zip(*(wrappers(model).values() for model in models), strict=True):
+        mine, there = (reading(wrapper, "Qwen3Moe")[0] for wrapper in (one, other))
+        torch.testing.assert_close(mine, there, rtol=0, atol=1e-3)
+
+
+def test_eva_of_experts_that_few_rows_reach():
+    """Their update starts at zero and is trained, in all of its ranks."""
+    base = tiny_moe()
+    with torch.no_grad():
+        for layer in base.model.layers:
+            layer.mlp.gate.weight.zero_()  # which sends all tokens to the same two
+    text = {"input_ids": TOKENS[0][:1, :3]}
+    config = settings(base, target_modules=[], eva_config=EvaConfig(rho=1))
+    with pytest.warns(
+        UserWarning, match=r"eva: no batch runs through experts of model.* and of 1 more"
+    ):
+        report = peftkern.initialize_(base, "eva", config, batches=[text])
+    for wrapper in wrappers(report.model).values():
+        reads, writes = reading(wrapper, "Qwen3Moe")
+        assert not writes.any() and (reads.norm(dim=2) > 0.1).all()
+
+
+def test_eva_leaves_routers_alone(tmp_path):
+    base = tiny_moe()
+    config = LoraConfig(r=4, target_modules="all-linear")
+    report = peftkern.initialize_(base, "eva", config, batches=TEXTS)
+    why = "the inputs of a parameter are not seen, as those of a layer are"
+    routers = {f"model.layers.{i}.mlp.gate.weight": why for i in range(2)}
+    assert report.skipped.items() >= routers.items()
+    fill_lora_B(report.model)
+    expected = logits(report.model)
+    report.model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_moe(), tmp_path)
+    assert relative(logits(loaded), expected) <= 1e-5
+
+
 def broken() -> PeftModel:
     model = expert_net()
     with torch.no_grad():
@@ -261,9 +392,10 @@ def broken() -> PeftModel:
 
 BATCHES = [torch.ones(2, K)]
 REFUSED = [
-    (expert_net, "eva", {"batches": BATCHES}, r"method: expected one of \('pissa', 'olora', "
-     r"'qpissa', 'loftq'\) for target_parameters \(experts\.\w+_proj\), got 'eva'"),
-    (expert_net, "corda", {"batches": BATCHES}, "method: expected one of"),
+    (expert_net, "corda", {"batches": BATCHES}, r"method: expected one of \('pissa', 'olora', "
+     r"'qpissa', 'loftq', 'eva'\) for target_parameters \(experts\.\w+_proj\), got 'corda'"),
+    (lambda: expert_net("step3p7"), "eva", {"batches": [inputs()]},
+     "experts.down_proj: the inputs of a parameter are not seen, as those of a layer are"),
     (expert_net, "lora_ga", {"batches": BATCHES}, "method: expected one of"),
     (expert_net, "pissa", {"rank": 17}, r"experts.down_proj: rank: expected 1 to 16, the smaller"),
     (broken, "pissa", {}, r"experts.down_proj\[3\]: weight: expected finite values, got NaN or "),

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from expert_models import VOCABULARY, E, K, expert_parameters, tiny_moe
+from expert_models import VOCABULARY, E, K, expert_net, expert_parameters, inputs, tiny_moe
+from expert_rows import routed_rows
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import peftkern
 from peftkern.integrations.peft.rank_report import RankReport
@@ -27,63 +25,16 @@ BATCHES = [
     {"input_ids": tokens, "labels": tokens, "attention_mask": mask}
     for tokens, mask in zip(TOKENS, (MASK, MASK.roll(1, 0)), strict=True)
 ]
-FAMILIES = ["Qwen3Moe", "GptOss", "NemotronH"]  # [E, N, K]; [E, K, N] and biases; no gate
+# [E, N, K]; [E, K, N] and biases; no gate; all tokens to every expert; a module for each weight
+FAMILIES = ["Qwen3Moe", "GptOss", "NemotronH", "Llama4Text", "JetMoe"]
 WIDEST = 48  # input of a weight
 WHOLE = {"max_rank": WIDEST}  # as many components as there are inputs, which loses nothing
 
 
 def suggested(model: nn.Module, by: str = "activations", **options) -> RankReport:
-    parameters = sorted({name.rpartition(".")[2] for name in expert_parameters(model)})
+    parameters = sorted({".".join(name.split(".")[-2:]) for name in expert_parameters(model)})
     config = LoraConfig(r=4, lora_alpha=8, target_modules=[], target_parameters=parameters)
     return peftkern.suggest_ranks(model, config, by, **{"batches": BATCHES, **options})
-
-
-class Products(TorchFunctionMode):
-    """Rows that meet each matrix of stacked parameters, by the name of the stack and expert."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.rows: dict[tuple[str, int], list[Tensor]] = {}
-        self.places = {
-            matrix.data_ptr(): (name, expert)
-            for name, p in model.named_parameters()
-            if name in expert_parameters(model)
-            for expert, matrix in enumerate(p)
-        }
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.linear, Tensor.matmul, Tensor.__matmul__):
-            place = self.places.get(args[1].data_ptr())
-            if place is not None:
-                self.rows.setdefault(place, []).append(args[0].detach())
-        return function(*args, **(kwargs or {}))
-
-
-@torch.no_grad()
-def routed_rows(model: nn.Module) -> dict[str, list[Tensor]]:
-    """Return the inputs of each expert of each stack, as the experts' own loop takes them in
-    float64, but those of padding."""
-    twin = copy.deepcopy(model).double()
-    twin.set_experts_implementation("eager")
-    ids: dict[str, Tensor] = {}
-    for name, module in twin.named_modules():
-        if name.endswith(".experts"):
-            module.register_forward_pre_hook(
-                lambda module, args, name=name: ids.__setitem__(name, args[1])
-            )
-    found = {name: [[] for _ in range(E)] for name in expert_parameters(model)}
-    for batch in BATCHES:
-        with Products(twin) as products:
-            twin(**batch)
-        for (name, expert), (x,) in products.rows.items():
-            tokens = (ids[name.rpartition(".")[0]] == expert).T.nonzero()[:, 1]  # as the loop has
-            assert len(tokens) == len(x)
-            found[name][expert].append(x[batch["attention_mask"].flatten().bool()[tokens]])
-    none = torch.zeros(0, 0, dtype=torch.float64)
-    return {
-        name: [torch.cat(parts) if parts else none for parts in stack]
-        for name, stack in found.items()
-    }
 
 
 def spectrum_of(experts: list[Tensor]) -> Tensor:
@@ -98,7 +49,7 @@ def spectrum_of(experts: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_spectra_are_those_of_the_rows_that_the_loop_gives_each_expert(family):
     base = tiny_moe(family)
-    expected = routed_rows(base)
+    expected = routed_rows(base, BATCHES)
     whole, few = suggested(base, **WHOLE), suggested(base, max_rank=6)
     assert whole.skipped == {} and {layer.name for layer in whole.layers} == expected.keys()
     for layer, short in zip(whole.layers, few.layers, strict=True):
@@ -152,10 +103,10 @@ def test_experts_without_tokens_are_named():
 
 
 @pytest.mark.parametrize("by", ["activations", "gradients", "gora"])
-@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss"])
+@pytest.mark.parametrize("family", ["Qwen3Moe", "GptOss", "Llama4Text", "JetMoe"])
 def test_experts_in_nf4_are_ranked_as_what_they_decode_to(by, family):
     packed, decoded = tiny_moe(family), tiny_moe(family)
-    peftkern.quantize_(packed, include=["experts"])
+    peftkern.quantize_(packed, include=["experts"], exclude=["router"])  # a layer, of JetMoE
     with torch.no_grad():
         for name, p in packed.named_parameters():
             if isinstance(p, ExpertStack):
@@ -197,11 +148,11 @@ def test_experts_of_plain_torch_called_by_keywords():
 
 
 @pytest.mark.parametrize("by", ["activations", "gradients"])
-def test_experts_that_compute_something_else_keep_their_rank(by):
-    base = tiny_moe("Llama4Text")
-    peftkern.quantize_(base, include=["experts"])
-    config = LoraConfig(target_modules=["q_proj"], target_parameters=["gate_up_proj", "down_proj"])
-    report = peftkern.suggest_ranks(base, config, by, batches=BATCHES)
-    assert set(report.skipped) == set(expert_parameters(base))
+def test_experts_that_are_not_seen(by):
+    net = expert_net("step3p7").unload()
+    peftkern.quantize_(net)
+    config = LoraConfig(target_modules=[], target_parameters=expert_parameters(net))
     says = {"activations": "the inputs of a parameter are not seen, as those of a layer are"}
-    assert set(report.skipped.values()) == {says.get(by, "NF4Stack has no gradient")}
+    says = f"experts.gate_up_proj: {says.get(by, 'NF4Stack has no gradient')}"
+    with pytest.raises(ValueError, match=says):
+        peftkern.suggest_ranks(net, config, by, batches=[inputs()])

@@ -286,11 +286,10 @@ def test_experts_alone_and_those_that_no_token_reaches():
 
 
 def test_parameters_that_cannot_be_ranked_keep_rank_and_scaling():
-    base = tiny_moe("Llama4Text")
-    report = peftkern.suggest_ranks(
-        base, config(**EXPERTS), "activations", budget=4, batches=EXPERT_BATCHES
-    )
-    assert set(report.skipped) == {*parameters_of(tiny_moe("Llama4Text"))}
+    base = tiny_moe()
+    asked = config(target_modules=["q_proj"], target_parameters=["mlp.gate.weight"])  # a router's
+    report = peftkern.suggest_ranks(base, asked, "activations", budget=4, batches=EXPERT_BATCHES)
+    assert set(report.skipped) == {f"model.layers.{i}.mlp.gate.weight" for i in range(2)}
     assert set(wrapped_ranks(get_peft_model(base, report.config)).values()) == {(4, 2.0)}
 
 

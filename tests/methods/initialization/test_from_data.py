@@ -12,6 +12,7 @@ from peftkern.methods.initialization.from_data import (
     Covariance,
     PrincipalComponents,
     corda,
+    explained_together,
     lora_ga,
     share_ranks,
 )
@@ -121,7 +122,8 @@ def test_components_are_those_of_all_rows(sizes):
     centered = (rows - rows.double().mean(0)).double()
     _, S, Vh = torch.linalg.svd(centered, full_matrices=False)
     explained = S.square() / S.square().sum()
-    torch.testing.assert_close(principal.explained()[:6], explained[:6], rtol=1e-3, atol=1e-6)
+    got = explained_together([principal])
+    torch.testing.assert_close(got[:6], explained[:6], rtol=1e-3, atol=1e-6)
     cosines = (principal.components[:5].double() * Vh[:5]).sum(1).abs()
     assert (cosines > 1 - 1e-4).all()
 
@@ -130,7 +132,7 @@ def test_components_of_nothing():
     principal = PrincipalComponents(2)
     principal.add(torch.empty(0, 4))
     with pytest.raises(ValueError, match="batches: expected finite inputs of the layer, got none"):
-        principal.explained()
+        explained_together([principal])
     with pytest.raises(ValueError, match=r"batches: expected finite inputs .* got NaN or Inf"):
         principal.add(torch.full((3, 4), float("nan")))
 
