@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import trainers
 from adalora_models import adalora_llama
@@ -14,6 +16,9 @@ from transformers import Trainer, TrainerCallback
 
 STEPS, LAST_MASK = 28, 20
 SCHEDULE = {"total_step": STEPS, "tinit": 2, "tfinal": STEPS - LAST_MASK, "deltaT": 3}
+# With `BestAt`.
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+BEST |= {"metric_for_best_model": "made", "greater_is_better": False}
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": STEPS, "logging_steps": 50}
 
 
@@ -32,6 +37,21 @@ class Digests(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
         self.by_step[state.global_step] = digest(model)
+
+
+class BestAt(TrainerCallback):
+    """Metrics that make the checkpoint of a step the best; its state is kept.
+
+    Before callbacks that read metrics, as early stopping does. keep: what is kept of the model.
+    """
+
+    def __init__(self, step: int, keep: Callable[[PeftModel], Any] | None = None) -> None:
+        self.step, self.digest, self._keep = step, None, keep or digest
+
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
+        metrics["eval_made"] = abs(state.global_step - self.step)
+        if state.global_step == self.step:
+            self.digest = self._keep(model)
 
 
 def digest(model: PeftModel) -> str:

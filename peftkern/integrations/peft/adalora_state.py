@@ -223,7 +223,7 @@ def load_state(model: PeftModel, folder: str | os.PathLike[str]) -> AdaLoraState
 
 
 def load_allocator(tuner: AdaLoraModel, folder: str | os.PathLike[str]) -> AdaLoraState:
-    """Load importance, mask and schedule alone, where DeepSpeed has loaded the parameters.
+    """Load importance, mask and schedule alone, where an engine has loaded the parameters.
 
     Returns: the state. Raises: ValueError if the folder has none, or of other layers.
     """
@@ -363,8 +363,8 @@ def restore_allocator(tuner: AdaLoraModel, state: AdaLoraState) -> None:
     """Set mask, averages and budget; the rest of the schedule is the config's, with a warning."""
     name, allocator = tuner.trainable_adapter_name, tuner.rankallocator
     config = tuner.peft_config[name]
-    if state.kept is not None:
-        config.rank_pattern = {f"{p}.lora_E.{name}": kept for p, kept in state.kept.items()}
+    kept = (state.kept or {}).items()
+    config.rank_pattern = {f"{path}.lora_E.{name}": mask for path, mask in kept} or None
     others = [f for f in _SCHEDULE[1:] if getattr(config, f) != state.schedule[f]]
     if others:
         said = [f"{f} {getattr(config, f)} (was {state.schedule[f]})" for f in others]

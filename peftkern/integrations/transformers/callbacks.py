@@ -37,6 +37,7 @@ with needed_by("peftkern.integrations.transformers"):
     )
     from peftkern.integrations.peft.adalora_steps import allocate, prepare, set_total_step
     from peftkern.integrations.peft.patch import PatchReport, patch
+    from peftkern.methods.processes import is_sharded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -334,9 +335,9 @@ class AdaLoraCallback(TrainerCallback):
         if self._end is not None:  # of a training that was interrupted
             self._end()
         held = zero.held(parameters_of(tuner))
+        if state.global_step and _in_parts(tuner):
+            self._go_on(tuner, _folder_of(args, state))
         if held:
-            if state.global_step:
-                self._go_on(tuner, args, state)
             self._end = zero.after_steps(
                 kwargs.get("optimizer"),
                 held,
@@ -367,17 +368,14 @@ class AdaLoraCallback(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs: Any,
     ) -> None:
-        folder = args.output_dir
-        if state.is_hyper_param_search:  # each trial has a folder, of which only hp_name is known
-            if state.trial_name is None:
-                warnings.warn(
-                    "AdaLoRA's state is not in the checkpoints of a hyperparameter search without "
-                    "hp_name: they resume with another importance of the triplets",
-                    stacklevel=2,
-                )
-                return
-            folder = os.path.join(folder, state.trial_name)
-        folder = os.path.join(folder, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if state.is_hyper_param_search and state.trial_name is None:
+            warnings.warn(
+                "AdaLoRA's state is not in the checkpoints of a hyperparameter search without "
+                "hp_name: they resume with another importance of the triplets",
+                stacklevel=2,
+            )
+            return
+        folder = _folder_of(args, state)
         write = args.should_save and os.path.isdir(folder)
         save_state(find_tuner(model), folder, state.global_step, write=write)
 
@@ -393,6 +391,8 @@ class AdaLoraCallback(TrainerCallback):
             self._end()
             self._end = None
         tuner = find_tuner(model)
+        if args.load_best_model_at_end and state.best_model_checkpoint and _in_parts(tuner):
+            self._go_on(tuner, state.best_model_checkpoint)
         config = tuner.peft_config[tuner.trainable_adapter_name]
         last = config.total_step - config.tfinal
         if state.global_step < last and state.is_world_process_zero:
@@ -414,15 +414,26 @@ class AdaLoraCallback(TrainerCallback):
         if allocate(tuner, step, skipped=skipped):
             self._compaction.after(tuner, step, optimizer)
 
-    def _go_on(self, tuner: AdaLoraModel, args: TrainingArguments, state: TrainerState) -> None:
-        """Load what DeepSpeed's own checkpoint has not: the importance, and the mask."""
-        folder = os.path.join(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+    def _go_on(self, tuner: AdaLoraModel, folder: str) -> None:
+        """Load what an engine's own checkpoint has not: the importance, and the mask."""
         try:
             load_allocator(tuner, folder)
         except ValueError as error:
             warnings.warn(
                 f"AdaLoRA resumes with another importance of the triplets: {error}", stacklevel=2
             )
+
+
+def _in_parts(tuner: AdaLoraModel) -> bool:
+    """Return whether DeepSpeed or FSDP2 has the parameters, and loads them past `load_adapter`."""
+    parameters = parameters_of(tuner)
+    return bool(zero.held(parameters)) or any(map(is_sharded, parameters))
+
+
+def _folder_of(args: TrainingArguments, state: TrainerState) -> str:
+    """Return the folder of the checkpoint of this step; of a trial only hp_name is known."""
+    trial = [state.trial_name] if state.is_hyper_param_search and state.trial_name else []
+    return os.path.join(args.output_dir, *trial, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
 def _rank_pattern(tuner: AdaLoraModel) -> dict[str, list[bool]] | None:

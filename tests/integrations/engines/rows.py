@@ -70,7 +70,9 @@ CHECKPOINTS = (
         "DDP", ACCELERATE, "QLoRA (bitsandbytes)", "fails: `Unexpected key(s) in state_dict`"
     ),
     Checkpoint("DDP", TRAINER, "LoRA", "resumes"),
+    Checkpoint("DDP", TRAINER, "AdaLoRA", "resumes"),
     Checkpoint("FSDP2", TRAINER, "QLoRA (bitsandbytes)", "resumes"),
+    Checkpoint("FSDP2", TRAINER, "AdaLoRA", "resumes"),
 )
 _LORAS = ("LoRA", "DoRA", "QLoRA (bitsandbytes)")
 _OWN = "QLoRA (peftkern.quantize_)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import trainers
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.state import PartialState
 from adalora_models import adalora_llama
+from adalora_runs import BEST, BestAt
 from engines import (
     CURVE,
     LAYERS,
@@ -42,11 +44,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 import peftkern
+from peftkern.integrations.peft.adalora_layers import find_tuner
+from peftkern.integrations.peft.adalora_state import collect, read_state
 from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
-from peftkern.integrations.transformers import PeftKernCallback
+from peftkern.integrations.transformers import AdaLoraCallback, PeftKernCallback
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SAVED, END = 4, 8  # steps
@@ -276,7 +280,8 @@ class Killed(TrainerCallback):
 
 
 def trained(rank: int, engine: str, method: str, folder: Path, kill: bool, resume: bool) -> list:
-    callbacks = [PeftKernCallback(), Killed()] if kill else [PeftKernCallback()]
+    callbacks = [AdaLoraCallback() if method == "AdaLoRA" else PeftKernCallback()]
+    callbacks += [Killed()] if kill else []
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": END}
     trainer = trainers.trainer(MODELS[method](), folder, callbacks, **saving)
     if engine == "FSDP2":
@@ -303,6 +308,38 @@ def test_a_run_that_is_killed_resumes(tmp_path, case):
     assert resumed == whole
     last = f"checkpoint-{END}"
     assert file_of(tmp_path / "killed" / last) == file_of(tmp_path / "whole" / last)
+
+
+def best_of_shards(rank: int, folder: Path) -> list[str]:
+    """Train past the best step, which early stopping ends with; what the first process has then."""
+    best = BestAt(SAVED, keep=lambda model: None)
+    callbacks = [best, AdaLoraCallback(), EarlyStoppingCallback(early_stopping_patience=2)]
+    saving = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3 * END}
+    trainer = trainers.trainer(MODELS["AdaLoRA"](), folder, callbacks, **{**saving, **BEST})
+    told_that_it_is_fsdp(trainer.accelerator.state, "FULL_STATE_DICT")
+    trainer.is_fsdp_enabled = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message="(?!AdaLoRA resumes)")
+        trainer.train()
+    assert trainer.state.global_step == SAVED + 2 and trainer.state.best_global_step == SAVED
+    tensors, record = collect(find_tuner(trainer.model), SAVED)
+    saved = read_state(folder / f"checkpoint-{SAVED}")
+    assert saved.schedule == record["schedule"]
+    kept = {f"{path}.kept": torch.tensor(mask) for path, mask in saved.kept.items()}
+    averages = {
+        f"{key}.{average}": tensor
+        for average, held in saved.averages.items()
+        for key, tensor in held.items()
+    }
+    held = {**saved.triplets, **averages, **kept, "scores": saved.scores}
+    assert held.keys() == tensors.keys()
+    return [name for name, tensor in held.items() if not torch.equal(tensor, tensors[name])]
+
+
+def test_shards_hold_the_best_model_when_training_ends(tmp_path):
+    """With its masks and importance, not those of the last step."""
+    assert in_ranks(best_of_shards, 2, tmp_path / "run", tmp_path / "model") == [[], []]
 
 
 def adapters(rank: int, folder: Path) -> None:

@@ -12,12 +12,29 @@ from pathlib import Path
 import pytest
 import torch
 from adalora_models import adalora_llama
-from adalora_runs import LAST_MASK, SCHEDULE, STEPS, Digests, PlainAllocation, digest, mask, run
+from adalora_runs import (
+    BEST,
+    LAST_MASK,
+    SCHEDULE,
+    STEPS,
+    BestAt,
+    Digests,
+    PlainAllocation,
+    digest,
+    mask,
+    run,
+)
 from peft import PeftModel
 from peft_models import take_small_layers, text_batch, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from peftkern.integrations.peft.adalora_layers import layers_of
 from peftkern.integrations.peft.adalora_state import FILE, load_state
@@ -105,23 +122,9 @@ def test_peft_alone_resumes_before_the_first_mask_as_another_training(tmp_path, 
     assert resumed.by_step[8] != digests.by_step[8]
 
 
-class BestAt(TrainerCallback):
-    """Metrics that make the checkpoint of a step the best; its state is kept."""
-
-    def __init__(self, step: int) -> None:
-        self.step, self.digest = step, None
-
-    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs) -> None:
-        metrics["eval_made"] = abs(state.global_step - self.step)
-        if state.global_step == self.step:
-            self.digest = digest(model)
-
-
 def best_of(folder: Path, step: int, callbacks: list[TrainerCallback]) -> tuple[Trainer, BestAt]:
     best = BestAt(step)
-    options = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
-    options |= {"metric_for_best_model": "made", "greater_is_better": False}
-    return run(folder, [*callbacks, best], **options), best
+    return run(folder, [best, *callbacks], **BEST), best
 
 
 def test_training_goes_on_from_the_best_model_before_compaction(tmp_path):
@@ -155,6 +158,28 @@ def test_the_best_model_is_loaded_as_it_was(tmp_path, step):
     trainer, best = best_of(tmp_path, step, [AdaLoraCallback()])
     assert trainer.state.best_global_step == step
     assert digest(trainer.model) == best.digest
+
+
+def test_early_stopping_ends_with_the_best_model(tmp_path, caplog):
+    """Whose triplets, masks and importance are those of its step, and from which training goes on
+    as it did."""
+    digests, resumed = Digests(), Digests()
+    callbacks = [AdaLoraCallback(), EarlyStoppingCallback(early_stopping_patience=2), digests]
+    with caplog.at_level("WARNING", "peftkern"):
+        trainer, best = best_of(tmp_path / "a", 8, callbacks)
+    assert max(digests.by_step) == 10 and trainer.state.best_global_step == 8
+    assert digest(trainer.model) == best.digest == digests.by_step[8]
+    assert "AdaLoRA stopped at step 10, before the last mask" in caplog.text
+    run(
+        tmp_path / "b",
+        [AdaLoraCallback(), resumed],
+        resume=tmp_path / "a" / "checkpoint-8",
+        save_strategy="no",
+    )
+    assert {step: resumed.by_step[step] for step in (9, 10)} == {
+        step: digests.by_step[step] for step in (9, 10)
+    }
+    assert max(resumed.by_step) == STEPS
 
 
 def test_peft_alone_cannot_load_the_best_model(tmp_path):
