@@ -145,7 +145,7 @@ def _report(summary: Summary, destination: Path) -> Iterator[str]:
     if summary.others:
         error = summary.total_of_others.relative_error
         others = _number(len(summary.others), "other weight")
-        yield f"{others} quantized, with an error of {error:.2%} of the weights"
+        yield f"{others} quantized anew, with an error of {error:.2%} of the weights"
     if plan.unfit:
         more = f" and {len(plan.unfit) - _SHOWN} more" * (len(plan.unfit) > _SHOWN)
         yield f"dense, as their rows are not whole blocks: {', '.join(plan.unfit[:_SHOWN])}{more}"

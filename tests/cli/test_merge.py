@@ -105,6 +105,24 @@ def test_update_that_does_not_survive_nf4(tmp_path: Path, capfd) -> None:
     assert load_tensors(tmp_path / "dense")["lm_head.weight"].dtype is torch.float32
 
 
+def test_a_base_in_other_4_bits_is_told_what_that_loses(tmp_path: Path, capsys) -> None:
+    model = make_model()
+    convert(save_base(tmp_path / "base", model), tmp_path / "nf4")
+    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj"])
+    arguments = ["merge", *map(str, (tmp_path / "nf4", adapter))]
+    capsys.readouterr()
+    assert main([*arguments, str(tmp_path / "out"), "--out", "mxfp4", "--min-survival", "0"]) == 0
+    said = capsys.readouterr().out
+    (line,) = (line for line in said.splitlines() if "quantized anew" in line)
+    assert line.startswith("12 other weights quantized anew, with an error of ")
+    others = {"--out": "nf4", "--blocksize": "128", "--min-survival": "0"}
+    words = [word for option in others.items() for word in option]
+    assert main([*arguments, str(tmp_path / "json"), *words, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert len(record["others"]) == 12 and not record["others"].keys() & record["weights"].keys()
+    assert all(0.02 < error < 0.2 for error in record["others"].values())
+
+
 def test_bad_input_is_one_line(tmp_path: Path, capfd, folders) -> None:
     base, adapter = folders
     out = tmp_path / "out"

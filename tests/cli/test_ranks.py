@@ -154,6 +154,20 @@ def test_experts_of_a_checkpoint(tmp_path, capsys, family):
         assert started == wanted
 
 
+@pytest.mark.parametrize("number", ["-1", "4"])
+def test_experts_that_are_numbered_otherwise(tmp_path, capfd, number):
+    """Which of two an expert is, nothing tells; one more than the model has is none of its."""
+    folder = tmp_path / "src"
+    save_moe(folder, "qwen3_moe")
+    tensors = load_tensors(folder)
+    for name in [name for name in tensors if ".experts.3." in name]:
+        value = tensors[name].clone() if number == "4" else tensors.pop(name)
+        tensors[name.replace(".experts.3.", f".experts.{number}.")] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    complaint = "mlp.experts.down_proj: expected 4 experts [64, 32], got "
+    refused(capfd, complaint, "ranks", folder, "--target", "down_proj")
+
+
 @pytest.mark.parametrize("by", ["activations", "gradients"])
 def test_experts_of_texts_and_of_a_program(tmp_path, capsys, monkeypatch, by):
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -315,6 +329,11 @@ def test_bad_input_is_one_line(source, tmp_path, capfd):
     tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
     save_file(tensors, gpt / "model.safetensors", metadata={"format": "pt"})
     refused(capfd, "layers.0.mlp.up_proj: weight: expected finite values", "ranks", gpt)
+    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 96)
+    save_file(tensors, gpt / "model.safetensors", metadata={"format": "pt"})
+    refused(capfd, "up_proj.weight: shape [64, 96] does not fit [96, 64]", "ranks", gpt)
+    refused(capfd, "does not fit [96, 64]", "init", "pissa", gpt, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
     out = ("init", "pissa", source, tmp_path / "out", "--ranks", bad)
     for text, complaint in (
         ("[]", "--ranks: "),

@@ -37,7 +37,8 @@ _RESIDUALS = "residuals"  # in the work folder: those of each finished file
 @dataclass(frozen=True)
 class Summary:
     """Summary of a merge. changes: of each merged weight, by the name in the base; others: of those
-    that were quantized alone. resumed: number of files that an earlier run had written."""
+    that are in other 4 bits than before, and not merged. resumed: number of files that an earlier
+    run had written."""
 
     plan: Plan
     resumed: int = 0
@@ -50,7 +51,7 @@ class Summary:
 
     @property
     def total_of_others(self) -> Change:
-        return sum(self.others.values(), Change())
+        return sum((change.scaled for change in self.others.values()), Change())
 
 
 def merge_checkpoint(

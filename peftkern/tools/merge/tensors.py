@@ -30,6 +30,7 @@ from peftkern.tools.merge.plan import Unit
 _PANEL = 1 << 17  # values: two buffers of float32 and one of 16 bits are 1.3 MB
 _FEWEST_ROWS = 16  # a product with fewer rows is summed in another order by some libraries
 _MEASURED = 32  # of the panels of a merged tensor, one of so many is compared
+_COMPARED = 8  # likewise of one that is in other 4 bits than before, and not merged
 
 
 class Residual(NamedTuple):
@@ -179,6 +180,16 @@ def measure_stored(weight: Tensor, merged: Tensor, stored: Tensor, alone: Tensor
     for before, total, after, plain in zip(*parts, strict=True):
         change += measure(before, total.float(), after, plain)
     return change
+
+
+def measure_lost(weight: Tensor, stored: Tensor) -> Change:
+    """Compare a weight that no update changes with what is stored of it, in one panel of several:
+    the rest would take longer than quantizing it."""
+    step = max(_PANEL // weight.shape[-1], 1)
+    found = [one.split(step)[::_COMPARED] for one in (weight, stored)]
+    pairs = zip(*found, strict=True)
+    change = sum((measure(w, w.float(), after, after) for w, after in pairs), Change())
+    return change._replace(merged=weight.numel())
 
 
 def residual_of(merged: Tensor, stored: QuantizedWeight, rank: int) -> Residual:

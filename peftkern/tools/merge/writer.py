@@ -37,6 +37,7 @@ from peftkern.tools.merge.plan import Experts, File, Options, Unit
 from peftkern.tools.merge.tensors import (
     Panel,
     Residual,
+    measure_lost,
     measure_stored,
     merged_panel,
     merged_tensor,
@@ -51,8 +52,8 @@ Progress = Callable[[int, str], None]  # finished bytes of the base, and the ten
 
 @dataclass
 class Written:
-    """What a file's report needs: changes of the weights that were merged or quantized, and
-    residuals."""
+    """What a file's report needs: changes of the weights that were merged, or are in other 4 bits
+    than before, and residuals."""
 
     changes: dict[str, Change] = field(default_factory=dict)
     residuals: dict[str, Residual] = field(default_factory=dict)
@@ -154,10 +155,11 @@ class _Writer:
             weight, merged = weight.T.contiguous(), merged.T.contiguous()
         w = unit.four_bit.quantize(merged)
         self._write(unit, state(unit.name, w))
-        stored = alone = dequantize(w)
         if unit.edits:
             alone = weight if _has_values_of(unit, unit.four_bit) else unit.four_bit.round(weight)
-        change = measure_stored(weight, merged, stored, alone)
+            change = measure_stored(weight, merged, dequantize(w), alone)
+        elif unit.weight.four_bit is not None:
+            change = measure_lost(weight, dequantize(w))
         rank = self.options.residual
         residual = residual_of(merged, w, rank) if rank else None
         return _Done(unit.name, unit.weight.nbytes, change, residual)
@@ -181,10 +183,11 @@ class _Writer:
         stack = unit.four_bit.stack(shape, total.dtype, turned=turned)
         stack.set_expert(0, total)
         self._write(unit, stack.state(unit.name), number)
-        stored = alone = stack.dequantize(0)
-        if unit.edits and _has_values_of(unit.experts[number][0], unit.four_bit):
-            alone = weight
-        elif unit.edits:
+        first, stored, alone = unit.experts[number][0], stack.dequantize(0), weight
+        if not unit.edits:
+            decoded = first.weight.four_bit is not None
+            return _Done(unit.name, nbytes, measure_lost(weight, stored) if decoded else None)
+        if not _has_values_of(first, unit.four_bit):
             stack.set_expert(0, weight)
             alone = stack.dequantize(0)
         return _Done(unit.name, nbytes, measure_stored(weight, total, stored, alone))
