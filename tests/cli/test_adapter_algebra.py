@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import adapters as cases
@@ -16,6 +17,8 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from peftkern.cli import main
+from peftkern.methods.low_rank_algebra import Loss
+from peftkern.tools.adapters import losses
 
 
 @pytest.fixture
@@ -97,6 +100,12 @@ def test_combine(folder, capsys):
     ]):  # fmt: skip
         run(capsys, "combine", "one:0.7", "two:-1", number, *options)
     assert_near(loaded(folder / "2"), total())  # all elements and all ranks: the sum itself
+
+
+def test_energy_that_no_number_holds_is_null():
+    record = losses.as_dict({"a": Loss(4, 2, math.inf, 1.0, 1.0, None)})
+    assert record["updates"]["a"]["energy"] is None
+    json.dumps(record, allow_nan=False)
 
 
 def test_a_colon_in_a_name(folder, capsys):

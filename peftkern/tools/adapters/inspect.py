@@ -100,10 +100,10 @@ class Inspection:
             "base": config.get("base_model_name_or_path"),
             "bytes": self.nbytes,
             "dtypes": self.dtypes,
-            "norm": _finite(self.norm),
+            "norm": finite(self.norm),
             "updates": [
-                {name: _finite(value) for name, value in asdict(one).items()}
-                | {"norm": _finite(one.norm)}
+                {name: finite(value) for name, value in asdict(one).items()}
+                | {"norm": finite(one.norm)}
                 for one in self.spectra
             ],
             "not_finite": self.not_finite,
@@ -203,7 +203,8 @@ def method(config: Mapping[str, Any]) -> str:
     return f"{name}, rank-stabilized" if config.get("use_rslora") else name
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Return a value for JSON: None for what is not finite."""
     if isinstance(value, tuple):
-        return [_finite(one) for one in value]
+        return [finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -7,17 +7,21 @@ from typing import Any
 
 from peftkern.methods.low_rank_algebra import Loss, total_error
 from peftkern.tools import tables
-from peftkern.tools.adapters.inspect import labels
+from peftkern.tools.adapters.inspect import finite, labels
 
 
 def as_dict(losses: Mapping[str, Loss]) -> dict[str, Any]:
     """Return the losses of all updates and in total; null stands for what is not known."""
     error = total_error(list(losses.values()))
+    records = {
+        key: {**loss._asdict(), "lost_energy": loss.share, "error": loss.error}
+        for key, loss in losses.items()
+    }
     return {
-        "total": {"error": error, "lost_energy": error**2},
+        "total": {"error": finite(error), "lost_energy": finite(error**2)},
         "updates": {
-            key: {**loss._asdict(), "lost_energy": loss.share, "error": loss.error}
-            for key, loss in losses.items()
+            key: {name: finite(value) for name, value in record.items()}
+            for key, record in records.items()
         },
     }
 

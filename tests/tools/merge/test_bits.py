@@ -17,6 +17,7 @@ from merged_folders import (
     save_adapter,
     save_base,
 )
+from peft import AdaLoraConfig, get_peft_model
 
 from peftkern.tools.adapters import read_adapter
 from peftkern.tools.merge.merge import Summary
@@ -142,6 +143,26 @@ def test_bits_are_those_of_peft(tmp_path: Path, case: str) -> None:
     assert_same_tensors(
         dict(load(tmp_path / "out").state_dict()), dict(load(tmp_path / "peft").state_dict())
     )
+
+
+def test_triplets_of_adalora_are_those_of_peft(tmp_path: Path) -> None:
+    """Within one rounding: PEFT multiplies lora_A by lora_E and divides by the rank each time."""
+    model = make_model(num_hidden_layers=1, dtype=torch.float32)
+    base = save_base(tmp_path / "base", model)
+    config = AdaLoraConfig(init_r=6, lora_alpha=9, total_step=10, target_modules=LINEAR)
+    adapted = get_peft_model(model, config)
+    with torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.3)
+    adapted.save_pretrained(tmp_path / "adapter")
+    expected = merged_by_peft(base, tmp_path / "adapter", tmp_path / "peft")
+    merge(base, tmp_path / "adapter", to=tmp_path / "out")
+    got, before = load_tensors(tmp_path / "out"), load_tensors(base)
+    assert got.keys() == expected.keys()
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
+        assert torch.equal(tensor, before[name]) == (name.split(".")[-2] not in LINEAR)
 
 
 def test_adapter_in_the_base_itself_is_not_merged_twice(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_stacks_that_are_none(tmp_path: Path, case: str) -> None:
     ("family", "format", "out"),
     [
         *(("Qwen3Moe", "nf4", "keep"), ("Qwen3Moe", "nf4", "bf16"), ("Qwen3Moe", "", "nf4")),
-        ("GptOss", "mxfp4", "keep"),
+        *(("GptOss", "mxfp4", "keep"), ("GptOss", "mxfp4", "nf4")),
     ],
 )
 def test_peak_memory_is_that_of_a_few_experts(tmp_path, family: str, format: str, out: str) -> None:
