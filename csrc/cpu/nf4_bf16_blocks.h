@@ -121,14 +121,10 @@ struct LaneTables {
 // eight high ones. Weights of other formats have no such tables.
 class ByteTables {
  public:
-  explicit ByteTables(const NF4View& w) : there_(w.byte_scales()) {
+  ByteTables(const NF4View& w, DType) : there_(w.byte_scales()) {
     if (!there_) return;
-    uint8_t every[256];
     float scales[256];
-    for (int i = 0; i < 256; ++i) every[i] = static_cast<uint8_t>(i);
-    NF4View view = w;
-    view.absmax = every;
-    byte_scales(view, 0, 256, scales);
+    scales_of_bytes(w, scales);
     const __m512 codes = _mm512_loadu_ps(kE2M1Code);
     const __m128i low_first = _mm_set_epi8(15, 13, 11, 9, 7, 5, 3, 1, 14, 12, 10, 8, 6, 4, 2, 0);
     for (int i = 0; i < 256; ++i) {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "nf4_scale_lanes.h"
+#include "nf4_scales.h"
 
 namespace peftkern {
 namespace {
@@ -143,13 +144,97 @@ int64_t dequantize16_short(const NF4View& w, const float* absmax, int64_t begin,
   return i;
 }
 
+#elif defined(__AVX2__)
+
+// Sixteen values of a 16-bit type as the bytes of each, in both halves.
+struct ByteTable {
+  __m256i low, high;
+};
+
+inline ByteTable byte_table(F32x16 x, DType dtype) {
+  const __m256i words =
+      dtype == DType::kBFloat16 ? bf16_words(x) : _mm256_set_m128i(fp16_bits(x.b), fp16_bits(x.a));
+  const __m256i apart = _mm256_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15, 0, 2,
+                                         4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+  const __m256i bytes = _mm256_shuffle_epi8(words, apart);
+  return {_mm256_permute4x64_epi64(bytes, 0x88), _mm256_permute4x64_epi64(bytes, 0xdd)};
+}
+
+// 64 weights at a time, of kBlocks blocks, or of a part of one; table(element) is that of a block.
+template <int kBlocks, class Table>
+int64_t dequantize16(const NF4View& w, int64_t begin, int64_t end, uint16_t* out,
+                     const Table& table) {
+  const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7), nibble = _mm256_set1_epi8(15);
+  const bool low_first = w.low_first();
+  int64_t i = begin;
+  for (; i + 64 <= end; i += 64) {
+    const ByteTable t0 = table(i), t1 = kBlocks > 2 ? table(i + 16) : t0;
+    const ByteTable t2 = kBlocks > 1 ? table(i + 32) : t0, t3 = kBlocks > 2 ? table(i + 48) : t2;
+    const __m256i packed = _mm256_permutevar8x32_epi32(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w.packed + i / 2)), order);
+    const __m256i low = _mm256_and_si256(packed, nibble);
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(packed, 4), nibble);
+    const __m256i even = low_first ? low : high, odd = low_first ? high : low;
+    const __m256i front = _mm256_unpacklo_epi8(even, odd), back = _mm256_unpackhi_epi8(even, odd);
+    const auto bytes = [](__m256i half, __m256i codes) { return _mm256_shuffle_epi8(half, codes); };
+    const auto store = [&](int j, __m256i words) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i + 16 * j), words);
+    };
+    store(0, _mm256_unpacklo_epi8(bytes(t0.low, front), bytes(t0.high, front)));
+    store(1, _mm256_unpackhi_epi8(bytes(t1.low, front), bytes(t1.high, front)));
+    store(2, _mm256_unpacklo_epi8(bytes(t2.low, back), bytes(t2.high, back)));
+    store(3, _mm256_unpackhi_epi8(bytes(t3.low, back), bytes(t3.high, back)));
+  }
+  return i;
+}
+
+// By tables of every byte that a scale can be, of which there are fewer than blocks.
+int64_t dequantize16_bytes(const NF4View& w, int64_t begin, int64_t end, uint16_t* out,
+                           DType dtype) {
+  alignas(32) uint8_t halves[256][32];
+  float scales[256];
+  scales_of_bytes(w, scales);
+  const BlockTables tables(w, DType::kFloat32);
+  for (int i = 0; i < 256; ++i) {
+    const ByteTable t = byte_table(tables.of(0, scales[i]), dtype);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(halves[i]),
+                       _mm256_blend_epi32(t.low, t.high, 0xf0));
+  }
+  const uint8_t* bytes = static_cast<const uint8_t*>(w.absmax);
+  const int log2 = w.blocksize_log2();
+  const auto table = [&](int64_t element) {
+    const __m128i* half = reinterpret_cast<const __m128i*>(halves[bytes[element >> log2]]);
+    return ByteTable{_mm256_broadcastsi128_si256(_mm_load_si128(half)),
+                     _mm256_broadcastsi128_si256(_mm_load_si128(half + 1))};
+  };
+  return log2 == 4 ? dequantize16<4>(w, begin, end, out, table)
+                   : dequantize16<2>(w, begin, end, out, table);
+}
+
+int64_t dequantize16_blocks(const NF4View& w, const float* absmax, int64_t begin, int64_t end,
+                            uint16_t* out, DType dtype) {
+  const int log2 = w.blocksize_log2();
+  if (w.byte_scales() && (end - begin) >> log2 >= 256) {
+    return dequantize16_bytes(w, begin, end, out, dtype);
+  }
+  const int64_t first = begin >> log2;
+  const BlockTables tables(w, DType::kFloat32);
+  const auto table = [&](int64_t element) {
+    const int64_t block = element >> log2;
+    return byte_table(tables.of(block, absmax[block - first]), dtype);
+  };
+  return log2 == 4   ? dequantize16<4>(w, begin, end, out, table)
+         : log2 == 5 ? dequantize16<2>(w, begin, end, out, table)
+                     : dequantize16<1>(w, begin, end, out, table);
+}
+
 #endif
 
 void dequantize_blocks(const NF4View& w, const float* absmax, int64_t begin, int64_t end, void* out,
                        DType dtype, bool stream) {
   const int log2 = w.blocksize_log2();
   const int64_t first = begin >> log2;
-  const BlockTables tables(w, dtype);
+  const BlockTables tables(w, DType::kFloat32);  // stores round
   const NibbleOrder order = nibble_order(w.low_first());
   int64_t i = begin;
 #if defined(__AVX512F__)
@@ -161,6 +246,11 @@ void dequantize_blocks(const NF4View& w, const float* absmax, int64_t begin, int
     i = kernel(w, absmax, begin, end, static_cast<uint16_t*>(out), dtype, stream);
   }
   stream = stream && dtype == DType::kFloat32 && reinterpret_cast<uintptr_t>(out) % 64 == 0;
+#elif defined(__AVX2__)
+  (void)stream;
+  if (dtype != DType::kFloat32) {
+    i = dequantize16_blocks(w, absmax, begin, end, static_cast<uint16_t*>(out), dtype);
+  }
 #else
   (void)stream;
 #endif

@@ -72,6 +72,13 @@ inline float* row_of(float* c, int64_t row) {
   for (int64_t i = begin; w.zero && i < end; i += 16) __builtin_prefetch(w.zero + i, 0, 2);
 }
 
+// Asks for the lines of p to p + bytes. Inlined for the same reason.
+[[gnu::always_inline]] inline void prefetch_lines(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i <= bytes; i += 64) {
+    __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
+  }
+}
+
 // The scales of a run of blocks, read from the weight or from an expanded copy.
 struct Absmax {
   const float* values;
@@ -169,17 +176,20 @@ class RowsAhead {
       : w_(w), absmax_(absmax), element_(element), columns_(columns), K_(K) {}
   void next() {
     __builtin_prefetch(w_.packed + (element_ + at_) / 2, 0, 2);
-    if (at_ == 0) __builtin_prefetch(scales_of_row(), 0, 2);
+    if (at_ == 0) {
+      const int64_t block = element_ >> absmax_.log2, blocks = (columns_ - 1) >> absmax_.log2;
+      if (absmax_.of_bytes) {
+        prefetch_lines(static_cast<const uint8_t*>(w_.absmax) + block, blocks);
+      } else {
+        prefetch_lines(absmax_.of(element_), blocks * 4);
+      }
+      if (w_.zero) prefetch_lines(w_.zero + block, blocks * 4);
+    }
     at_ += 128;
     if (at_ >= columns_) at_ = 0, element_ += K_;
   }
 
  private:
-  const void* scales_of_row() const {
-    if (!absmax_.of_bytes) return absmax_.of(element_);
-    return static_cast<const uint8_t*>(w_.absmax) + (element_ >> absmax_.log2);
-  }
-
   const NF4View& w_;
   const Absmax absmax_;
   int64_t element_, columns_, K_, at_ = 0;
@@ -195,10 +205,38 @@ struct Float32Math {
 
   static constexpr bool kOverlaps = false;  // whether products leave room for decoding
   struct Session {};                        // nothing to set up per thread
-  struct ByteTables {                       // none
-    explicit ByteTables(const NF4View&) {}
+#if defined(__AVX512F__)
+  struct ByteTables {  // none
+    ByteTables(const NF4View&, DType) {}
     const uint8_t* get() const { return nullptr; }
   };
+#else
+  // What each byte of a scale makes of the sixteen codes: their table.
+  class ByteTables {
+   public:
+    ByteTables(const NF4View& w, DType dtype) : there_(w.byte_scales()) {
+      if (!there_) return;
+      float scales[256];
+      scales_of_bytes(w, scales);
+      const BlockTables tables(w, dtype);
+      for (int i = 0; i < 256; ++i) f32_store(tables_[i], tables.of(0, scales[i]));
+    }
+    const uint8_t* get() const {
+      return there_ ? reinterpret_cast<const uint8_t*>(tables_) : nullptr;
+    }
+
+   private:
+    alignas(64) float tables_[256][16];
+    const bool there_;
+  };
+#endif
+  static F32x16 table_of(const BlockTables& tables, const NF4View& w, const Absmax& absmax,
+                         int64_t element) {
+    const int64_t block = element >> absmax.log2;
+    if (!absmax.of_bytes) return tables.of(block, absmax.at(element));
+    const int64_t byte = static_cast<const uint8_t*>(w.absmax)[block];
+    return f32_load(reinterpret_cast<const float*>(absmax.of_bytes) + byte * 16);
+  }
 
   static void load_dwords(const void* in, DType dtype, int64_t i, int64_t n, uint32_t* out) {
     if (n <= 0) {
@@ -223,8 +261,7 @@ struct Float32Math {
     for (int64_t i = 0; i < n;) {
       if (element % 16 == 0 && n - i >= 16) {
         const int64_t stop = min64(n - 15, i + w.blocksize - ((element + i) & (w.blocksize - 1)));
-        const int64_t block = (element + i) >> absmax.log2;
-        const F32x16 table = tables.of(block, absmax.at(element + i));
+        const F32x16 table = table_of(tables, w, absmax, element + i);
         for (; i < stop; i += 16) {
           f32_store(reinterpret_cast<float*>(target(i / 16)),
                     f32_lookup(w.packed + (element + i) / 2, table, order));

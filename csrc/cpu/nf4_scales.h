@@ -72,5 +72,14 @@ inline void byte_scales(const NF4View& w, int64_t first, int64_t count, float* o
   }
 }
 
+// The scale of every byte that such a weight can hold.
+inline void scales_of_bytes(const NF4View& w, float out[256]) {
+  uint8_t every[256];
+  for (int i = 0; i < 256; ++i) every[i] = static_cast<uint8_t>(i);
+  NF4View view = w;
+  view.absmax = every;
+  byte_scales(view, 0, 256, out);
+}
+
 }  // namespace
 }  // namespace peftkern

@@ -265,9 +265,12 @@ inline F32x16 f32_load_fp16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
-inline void f32_store_bf16(uint16_t* p, F32x16 x) {
+inline __m256i bf16_words(F32x16 x) {
   const __m256i packed = _mm256_packus_epi32(bf16_bits(x.a), bf16_bits(x.b));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xd8));
+  return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+inline void f32_store_bf16(uint16_t* p, F32x16 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bf16_words(x));
 }
 inline void f32_store_fp16(uint16_t* p, F32x16 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), fp16_bits(x.a));
