@@ -8,9 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 from grids import examples, thinned
-from grouped_cases import Grouped, check, check_terms, grouped_operands, ours, with_gradients
+from grouped_cases import (
+    Grouped,
+    check,
+    check_terms,
+    grouped_operands,
+    looped,
+    ours,
+    with_gradients,
+)
 from hypothesis import given
 from hypothesis import strategies as st
+from tolerances import SMALL_ADAPTER_RTOL
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -109,6 +118,26 @@ def test_any_groups(sizes, shape, long, dtypes, lying, flags, seed):
     N, K, r = shape
     options = {"N": N, "K": K + 1000 * long, "r": r, "sizes": tuple(sizes), **flags}
     check_terms(grouped_operands(*dtypes, **options).each(lying))
+
+
+def test_a_small_adapter_is_not_lost_in_16_bits(every_backend):
+    """As in PEFT's fold, whose W + delta is rounded: here the base cancels, the rest is seen."""
+    o = grouped_operands(BF16, F32, bias=False)
+    half = o.x.shape[1] // 2
+    half_of_x, half_of_weight = o.x[:, :half], o.weight[:, :, :half]
+    o = replace(
+        o,
+        x=torch.cat([half_of_x, half_of_x], dim=1),
+        weight=torch.cat([half_of_weight, -half_of_weight], dim=2),
+    )
+    delta = o.scaling * o.lora_B @ o.lora_A
+    small = 1e-3 * (o.weight.float().norm() / delta.norm()).item()
+    o = replace(o, scaling=o.scaling * small)
+    exact = looped(o.to(F64), **o.to(F64).leaves)
+    folded = replace(o, weight=o.weight + (small * delta).to(BF16), lora_A=None, lora_B=None)
+    of_peft, got = looped(folded, folded.x), ours(o, **o.leaves)
+    assert (got.double() - exact).norm() <= SMALL_ADAPTER_RTOL * exact.norm()
+    assert (of_peft.double() - exact).norm() > 100 * SMALL_ADAPTER_RTOL * exact.norm()
 
 
 def test_factors_keep_their_strides(backend):

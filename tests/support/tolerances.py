@@ -23,6 +23,8 @@ BF16_LOSS_RTOL = 2e-2  # each of the first steps in bfloat16, where one rounding
 AUTOCAST_RTOL = 2**-5  # of the largest value: a few roundings to bfloat16 in another order
 LOGITS = {"rtol": 1e-4, "atol": 1e-5}  # of one model in float32 after another order of sums
 EXPERTS_RTOL = 1e-5  # of the largest value: float32 experts against PEFT's fold, in another order
+# What an adapter of a thousandth of bfloat16 weights adds, most of which PEFT's fold loses.
+SMALL_ADAPTER_RTOL = 0.005
 # Of the sum of all terms' magnitudes: any rounding of a sum, and no wrong term.
 SUM_RTOL = {torch.float32: 2**-16, torch.bfloat16: 2**-7, torch.float16: 2**-9}
 GOLDEN_RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-7}  # another machine's reduction order
