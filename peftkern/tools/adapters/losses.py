@@ -32,7 +32,7 @@ def show(
     last = "next/top" if change is None else "change"
     columns = ("rank", "kept", "lost energy", "error", last)
     columns = columns if per_layer else ("updates", *columns[:-1], "worst", last)
-    table = tables.table("module", *columns, numbers=True)
+    table = tables.table("module", *columns, whole=1, numbers=True)
     kinds = labels(losses)
     groups: dict[str, list[str]] = {}
     for key in losses:
@@ -45,7 +45,7 @@ def show(
             cells["change"] = f"{max(change[key] for key in keys):.4f}"
         style = "bold" if name == "all" and len(groups) > 1 else None
         table.add_row(name, *(cells[column] for column in columns), style=style)
-    tables.console().print(table)
+    tables.show(tables.console(), table)
 
 
 def _cells(losses: Sequence[Loss]) -> dict[str, str]:
