@@ -32,7 +32,7 @@ def show(
     last = "next/top" if change is None else "change"
     columns = ("rank", "kept", "lost energy", "error", last)
     columns = columns if per_layer else ("updates", *columns[:-1], "worst", last)
-    table = tables.table("module", *columns, whole=1, numbers=True)
+    table = tables.table("module", *columns, numbers=True)
     kinds = labels(losses)
     groups: dict[str, list[str]] = {}
     for key in losses:
