@@ -87,7 +87,7 @@ def _print(title: str, explanation: Explanation, note: str | None) -> None:
         shown.add_row("" if op == last else op, backend, verdict, style=style)
         last = op
     console.print(title, style="bold")
-    console.print(shown)
+    tables.show(console, shown)
     console.print(explanation.machine)
     if note:
         console.print(note)

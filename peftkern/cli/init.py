@@ -139,15 +139,18 @@ _OPTIONS += ("shard_bytes", "target", "texts", "tol")
 def _show(report: InitReport, destination: Path) -> None:
     """Print a line for each layer, and what was written."""
     from peftkern.tools import tables
+    from peftkern.tools.adapters.terminal import shared_start
 
-    rows = tables.table("layer", "shape", "rank", "energy kept", "error", "excess", whole=1)
+    prefix = shared_start([layer.name for layer in report.layers])
+    columns = ("shape", "rank", "energy kept", "error", "excess")
+    rows = tables.table(prefix or "layer", *columns, whole=1, numbers=True)
     for layer in report.layers:
         shape = "x".join(map(str, layer.shape))
         shape = shape if layer.matrices == 1 else f"{layer.matrices} of {shape}"
         bound = _number(layer.certificate)
-        row = (layer.name, shape, str(layer.rank), f"{layer.energy:.1%}", _number(layer.error))
-        rows.add_row(*row, bound)
-    tables.console().print(rows)
+        row = (shape, str(layer.rank), f"{layer.energy:.1%}", _number(layer.error), bound)
+        rows.add_row(layer.name.removeprefix(prefix), *row)
+    tables.show(tables.console(), rows)
     for name, reason in report.skipped.items():
         print(f"left as it was: {name}: {reason}")
     print(report)

@@ -43,8 +43,15 @@ def table(
     return table
 
 
+def show(console: Console, table: Table) -> None:
+    """Print a table, the columns closer together if they would not fit otherwise."""
+    whole = console.measure(table, options=console.options.update_width(10**4)).maximum
+    table.collapse_padding = whole > console.width
+    console.print(table)
+
+
 def section(console: Console, title: str, table: Table) -> None:
     """Print a table under a title."""
     console.print()
     console.print(title, style="bold")
-    console.print(table)
+    show(console, table)

@@ -25,3 +25,12 @@ def test_narrow_terminals_break_words_rather_than_lose_them(capsys, monkeypatch)
     monkeypatch.setenv("COLUMNS", "20")
     tables.console().print(tables.table("module", rows=[("abcdefghij" * 4,)], whole=1))
     assert "".join(capsys.readouterr().out.split()) == "module" + "abcdefghij" * 4
+
+
+def test_numbers_come_closer_before_a_word_breaks(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    for width in (7, 8, 9):
+        table = tables.table("a" * width, "energy", "abc", rows=[("b", "1.5%", "7")], numbers=True)
+        tables.show(tables.console(), table)
+    heads = capsys.readouterr().out.splitlines()[::2]
+    assert [head.strip("a") for head in heads] == ["  energy  abc", " energy abc", " energy abc"]

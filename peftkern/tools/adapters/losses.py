@@ -49,7 +49,7 @@ def show(
             cells["change"] = f"{max(change[key] for key in keys):.4f}"
         style = "bold" if name == "all" and len(groups) > 1 else None
         table.add_row(name, *(cells[column] for column in columns), style=style)
-    tables.console().print(table)
+    tables.show(tables.console(), table)
 
 
 def _cells(losses: Sequence[Loss]) -> dict[str, str]:

@@ -35,9 +35,7 @@ def show(found: Inspection, per_layer: bool, experts: bool) -> None:
     shown = [column for column in columns if column not in shared]
     cut = zip(names, *(columns[column] for column in shown), strict=True)
     console.print()
-    table = tables.table(prefix or "module", *shown, rows=cut, numbers=True)
-    table.collapse_padding = True
-    console.print(table)
+    tables.show(console, tables.table(prefix or "module", *shown, rows=cut, numbers=True))
     _say(console, remarks(found))
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftkern.formats.rank_patterns import rank_fields
+from peftkern.tools import destinations
 from peftkern.tools.adapters import peft_keys
 from peftkern.tools.adapters.adapter import (
     Adapter,
@@ -154,12 +155,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 def check_destination(path: Path, force: bool) -> None:
     """Raise AdapterError unless a folder is new, empty or, with `force`, an adapter's."""
-    if os.path.lexists(path) and not path.is_dir():
-        raise AdapterError(f"{path}: expected a new or empty folder, got a file")
-    above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not above.is_dir():
-        raise AdapterError(f"{path}: expected a new or empty folder, but {above} is a file")
-    held = sorted(one.name for one in path.iterdir()) if path.exists() else []
+    held = destinations.held(path, AdapterError)
     if held and not force:
         raise AdapterError(
             f"{path}: expected a new or empty folder, it holds {held[0]!r} "

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from peftkern.formats.json_files import read_json
+from peftkern.tools import destinations
 from peftkern.tools.checkpoints.checkpoint import CONFIG, Checkpoint, CheckpointError
 
 try:
@@ -41,9 +42,7 @@ def check_destination(source: Path, destination: Path, force: bool, copies: Iter
     here, there = os.path.realpath(source), os.path.realpath(destination)
     if os.path.commonpath([here, there]) in (here, there):
         raise CheckpointError(f"{destination}: expected a folder apart from the source {source}")
-    if os.path.lexists(destination) and not destination.is_dir():
-        raise CheckpointError(f"{destination}: expected a new or empty folder, got a file")
-    held = sorted(path.name for path in destination.iterdir()) if destination.exists() else []
+    held = destinations.held(destination, CheckpointError)
     if held and WORK not in held:
         if not force:
             raise CheckpointError(

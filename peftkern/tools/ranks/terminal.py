@@ -60,7 +60,7 @@ def show(found: RankReport) -> None:
         bar = ["█" * round(_BAR * layer.rank / most)] if console.width >= _ROOM else []
         texts = (text for text, _ in cells(layer))
         table.add_row(layer.name.removeprefix(prefix), *texts, *bar)
-    console.print(table)
+    tables.show(console, table)
     console.print()
     for line in (*remarks(found), str(found)):
         console.print(line)

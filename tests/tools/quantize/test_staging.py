@@ -252,6 +252,7 @@ def test_destination_that_cannot_be_used(tmp_path, small):
     before = contents(tmp_path)
     refused("it holds 'file'", small, held)
     refused("got a file", small, held / "file")
+    refused("file is a file", small, held / "file" / "below" / "it")
     refused("this folder holds none", small, held, force=True)
     link = tmp_path / "link"
     link.symlink_to(small)
