@@ -64,7 +64,8 @@ def trained(options: argparse.Namespace) -> tuple[nn.Module, torch.optim.Optimiz
     base = LlamaForCausalLM(model_config(options))
     ranks = {"init_r": options.r, "target_r": options.target_r}
     schedule = {"total_step": 2 * LAST, "tinit": 1, "tfinal": LAST, "deltaT": 1}
-    model = get_peft_model(base, AdaLoraConfig(**ranks, **schedule, target_modules="all-linear"))
+    linear = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, AdaLoraConfig(**ranks, **schedule, **linear))
     peftkern.patch(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     steps = AdaLoraSteps(model, optimizer, 2 * LAST, compact=None)

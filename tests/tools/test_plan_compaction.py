@@ -43,7 +43,8 @@ def plans(planner):
 
 
 def test_bytes_are_those_of_a_compacted_model(plans):
-    config = AdaLoraConfig(init_r=R, total_step=10, target_modules="all-linear")
+    linear = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    config = AdaLoraConfig(init_r=R, total_step=10, **linear)
     model = get_peft_model(LlamaForCausalLM(CONFIG), config)
     peftkern.patch(model)
     optimizer = optimizer_of(model)
@@ -73,13 +74,16 @@ def test_bytes_are_those_of_a_compacted_model(plans):
 
 
 def test_work_is_the_products_of_a_step(planner, plans):
-    """4 products of tokens with each weight but the embedding, 6 with each adapter."""
+    """4 products of tokens with each weight but the embedding, 6 with each adapter, and the Gram
+    matrix of each factor with its gradient."""
     before, after = (plan.work for plan in plans)
     linear = 4 * (4 * 64 * 64 + 3 * 64 * 96)
     elements = 4 * (4 * (64 + 64) + 3 * (64 + 96))
     adapters = 6 * TOKENS * elements
-    assert before.flops - after.flops == pytest.approx((R - TARGET) * adapters, rel=0.05)
-    base = before.flops - R * adapters
+    grams, fewer = ((r * (r + 1) + 2 * r**2) * elements for r in (R, TARGET))
+    fallen = (R - TARGET) * adapters + grams - fewer
+    assert before.flops - after.flops == pytest.approx(fallen, rel=0.02)
+    base = before.flops - R * adapters - grams
     assert base == pytest.approx(4 * TOKENS * (linear + 64 * 64), rel=0.2)  # and attention
     # AdamW reads a parameter, its gradient and two states, and writes three of them, at least.
     assert before.nbytes - after.nbytes > 28 * (R - TARGET) * elements

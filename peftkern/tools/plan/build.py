@@ -216,7 +216,9 @@ def peft_config(model: nn.Module, training: Any) -> Any:
             f"{training.method}; name linear layers"
         )
     if training.method == "adalora":
-        return peft.AdaLoraConfig(init_r=training.r, target_r=1, **_SCHEDULE, **common)
+        # Without a task PEFT's forward goes past AdaLoraModel's, which has the orthogonality loss.
+        adaptive = {"init_r": training.r, "target_r": 1, "task_type": "CAUSAL_LM", **_SCHEDULE}
+        return peft.AdaLoraConfig(**adaptive, **common)
     parameters = {"target_parameters": experts} if experts else {}
     dora = training.method == "dora"
     return peft.LoraConfig(r=training.r, use_dora=dora, **common, **parameters)

@@ -78,8 +78,10 @@ def _flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
     op = func._schema.name.removeprefix("peftkern::")
     given = dict(zip(operands(op), args, strict=True))
     if op.startswith("adalora_orthogonality"):
-        factors = [*given["lora_A"], *given["lora_B"]]
-        return sum(2 * min(factor.shape) * factor.numel() for factor in factors)
+        # Of a Gram matrix, which is symmetric, one triangle; of its gradient all products.
+        factors = [(min(f.shape), f.numel()) for f in [*given["lora_A"], *given["lora_B"]]]
+        forward = op.endswith("forward")
+        return sum((r + 1 if forward else 2 * r) * numel for r, numel in factors)
     if op.endswith("linear_forward"):
         N, K, r = out[0].shape[-1], given["x"].shape[-1], _rank(given)
         return 2 * (out[0].numel() // max(N, 1)) * (N * K + r * (N + K))
