@@ -217,6 +217,12 @@ TABLE: dict[str, dict[str, str]] = {
             "Run two steps before `torch.compile`, or `peftkern tune` first."
         ),
     },
+    "Inputs that are written to": {
+        "the input is copied, for the model writes to it": (
+            "A served layer saves a copy for backward, as PEFT does. `h = h + layer(h)` instead "
+            "of `h += layer(h)` needs none."
+        ),
+    },
     "Trust": {
         "unchecked on this machine (PEFTKERN_TRUST=off)": "Unset PEFTKERN_TRUST, or tune first.",
         "unchecked, and a graph is being captured": "Run one step before capturing the graph.",

@@ -47,8 +47,8 @@ class _Shared(torch.autograd.Function):
         return dy.to(ctx.dtype), None
 
 
-def cast(x: Tensor, dtype: torch.dtype, reader: object) -> Tensor:
-    """Return x.to(dtype), on the data of the last call if that had the same x and dtype.
+def cast(x: Tensor, dtype: torch.dtype, reader: object, *, copy: bool = False) -> Tensor:
+    """Return x.to(dtype, copy=copy), on the data of the last call if that had the same x and dtype.
 
     The data is dropped with x, with the next cast of another tensor, where x was written to since,
     and when a reader that has had it comes again: what writes past autograd's versions (`.data`, a
@@ -56,18 +56,18 @@ def cast(x: Tensor, dtype: torch.dtype, reader: object) -> Tensor:
     each call.
     """
     global _last
-    if x.dtype is dtype:
+    if x.dtype is dtype and not copy:
         return x
     graph = x.requires_grad and torch.is_grad_enabled()
     if (graph and x.numel() < GRADIENT_MINIMUM) or not _keeps(x):
-        return x.to(dtype=dtype)
+        return x.to(dtype=dtype, copy=copy)
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
     key = (id(x), x._version, dtype, stream)
     last = _last
     if last is not None and last.key == key and id(reader) not in last.readers:
         last.readers.add(id(reader))
         return _Shared.apply(x, last.data) if graph else last.data
-    result = x.to(dtype=dtype)
+    result = x.to(dtype=dtype, copy=copy)
     _last = _Cast(key, weakref.ref(x, _drop), result.detach(), {id(reader)})
     return result
 

@@ -24,7 +24,7 @@ from peftkern.formats.table import FORMATS
 from peftkern.functional.arguments import SHARD_OTHERWISE, WEIGHT_DTYPES
 from peftkern.functional.lora_experts import ExpertLinear, lora_experts
 from peftkern.integrations import frozen_experts
-from peftkern.integrations.peft import trial
+from peftkern.integrations.peft import trial, written_inputs
 from peftkern.integrations.peft.engines import in_a_call, in_flat_parameters
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
@@ -152,7 +152,13 @@ class PatchedParamWrapper(PatchedForward, InnerParamWrapper):
         if reason is not None:
             return Fallback(reason)
         refusal = trial.refusal(self, x, _trial_key(stack, x, *routing))
-        return refusal or _served(stack, x, *routing)
+        if refusal is not None:
+            return refusal
+        A = stack.up.lora_A
+        if A is not None and A.requires_grad and x.dtype is stack.up.weight.dtype:
+            # Ours saves x, PEFT the rows of each expert.
+            return written_inputs.answered(self, x, lambda x: _served(stack, x, *routing))
+        return _served(stack, x, *routing)
 
     def peer_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         flat = in_flat_parameters(self)  # PEFT would leave views that cannot be asked

@@ -18,7 +18,7 @@ from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional.arguments import autocast_dtype
 from peftkern.integrations.parts import LoRAParts
-from peftkern.integrations.peft import casts, read_check, trial
+from peftkern.integrations.peft import casts, read_check, trial, written_inputs
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
@@ -117,6 +117,14 @@ class OwnLayer(Remade, PatchedForward):
         base = (casts.cast(x, dtype, self), weight, bias)
         if trust.mode() == "always" and adapter is not None and is_slower(self, adapter, base):
             return Fallback("torch's own operations measured faster for this shape")
+        if adapter is not None and base[0] is x and adapter.lora_A.requires_grad:
+            p = read_check.dropout_p(parts, self.training)
+            if written_inputs.only_ours_saves(x, adapter.lora_A, p, cast):
+                return written_inputs.answered(
+                    self,
+                    x,
+                    lambda x: _computed(parts, adapter, (x, *base[1:]), x.dtype, self.training),
+                )
         return _computed(parts, adapter, base, x.dtype, self.training)
 
     def outlook(self) -> Outlook:

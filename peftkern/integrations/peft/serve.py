@@ -25,7 +25,7 @@ from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import lora_linear, nf4_linear, nf4_lora_linear
 from peftkern.functional.arguments import WEIGHT_DTYPES, autocast_dtype
-from peftkern.integrations.peft import casts, engines, tensor_parallel, trial
+from peftkern.integrations.peft import casts, engines, tensor_parallel, trial, written_inputs
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
@@ -134,6 +134,13 @@ class PatchedLayer(PatchedForward):
         contested = not asks and unfused is None and self._is_plain(names[0])
         if contested and is_slower(self, adapter, base):
             return Fallback("PEFT's own operations measured faster for this shape")
+        if torch.is_grad_enabled() and (off or unfused) is None and base[0] is x:
+            read = adapter.lora_A.requires_grad or not self._is_plain(names[0])
+            if read and written_inputs.only_ours_saves(x, adapter.lora_A, adapter.dropout_p, cast):
+                args = names, adapter
+                return written_inputs.answered(
+                    self, x, lambda x: self._combine(x, *args, (x, weight, bias), None, None)
+                )
         return self._combine(x, names, adapter, base, off, unfused)
 
     def outlook(self) -> Outlook:

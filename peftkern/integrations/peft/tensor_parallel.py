@@ -29,7 +29,7 @@ from peftkern.backends import dispatch
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import lora_linear
 from peftkern.functional.arguments import WEIGHT_DTYPES, autocast_dtype
-from peftkern.integrations.peft import trial
+from peftkern.integrations.peft import trial, written_inputs
 from peftkern.integrations.peft.fallback import (
     GLOBAL_HOOKS,
     Fallback,
@@ -161,7 +161,7 @@ def _computed(layer: Any, x: Tensor, split: Split, cast: torch.dtype | None) -> 
     else:
         B = _SummedGradient.apply(B, split.group)
     part = (x, weight, bias if split.colwise else None, A, B, scaling, p)
-    y = _own_part(part, layer.training, cast)
+    y = _own_part(layer, part, cast)
     if split.colwise:
         return y
     y = _Sum.apply(y, split.group)
@@ -183,14 +183,16 @@ def _factors(layer: Any, split: Split) -> tuple[Tensor, Tensor, float] | Fallbac
     return torch.cat([A for A, _ in here]), torch.cat(B, dim=1), 1.0
 
 
-def _own_part(part: tuple, training: bool, cast: torch.dtype | None) -> Tensor:
+def _own_part(layer: Any, part: tuple, cast: torch.dtype | None) -> Tensor:
     """Compute what is here by our op, or by torch's where those are faster."""
-    x, weight, _, A, B = part[:5]
+    x, weight, _, A, B, _, p = part
     N, K = weight.shape
     dtypes = (x.dtype, weight.dtype, A.dtype, cast, A.requires_grad or B.requires_grad)
     key = ("lora_linear", "LoRA in tensor parallel", N, K, A.shape[0], *dtypes)
-    reason = trial.settled(lambda: _Part(*part[1:], training), x, key)
+    reason = trial.settled(lambda: _Part(*part[1:], layer.training), x, key)
     if reason is None:
+        if A.requires_grad and written_inputs.only_ours_saves(x, A, p, cast):
+            return written_inputs.answered(layer, x, lambda x: _fused(x, *part[1:]))
         return _fused(*part)
     dispatch.record_fallback("lora_linear", reason)
     return _plain(*part)

@@ -63,11 +63,11 @@ def count_casts(run: Callable[[], object]) -> int:
     """How many of the casts of a model's layers are not of the tensor before."""
     made = 0
 
-    def counted(x: Tensor, dtype: torch.dtype, reader: object) -> Tensor:
+    def counted(x: Tensor, dtype: torch.dtype, reader: object, *, copy: bool = False) -> Tensor:
         nonlocal made
         before = casts._last
-        result = cast_for(x, dtype, reader)
-        made += casts._last is not before
+        result = cast_for(x, dtype, reader, copy=copy)
+        made += not copy and casts._last is not before
         return result
 
     with pytest.MonkeyPatch.context() as patch:
@@ -87,7 +87,7 @@ def test_training_is_bit_identical(checkpointing, autocast, dropout, monkeypatch
     assert made == runs * 2 * (3 if autocast else 4)
     got = step(model, autocast)
     assert fallbacks() == {}
-    monkeypatch.setattr(casts, "cast", lambda x, dtype, reader: x.to(dtype))
+    monkeypatch.setattr(casts, "cast", lambda x, dtype, reader, copy=False: x.to(dtype, copy=copy))
     expected = step(model, autocast)
     assert len(got) == 1 + 2 * 2 * len(TARGETS)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
@@ -98,7 +98,9 @@ def test_autograd_keeps_one_copy_for_layers_that_read_the_same_input(monkeypatch
     counts = []
     for shared in (True, False):
         if not shared:
-            monkeypatch.setattr(casts, "cast", lambda x, dtype, reader: x.to(dtype))
+            monkeypatch.setattr(
+                casts, "cast", lambda x, dtype, reader, copy=False: x.to(dtype, copy=copy)
+            )
         kept: dict[int, Tensor] = {}
 
         def pack(t: Tensor, kept: dict[int, Tensor] = kept) -> Tensor:
@@ -121,7 +123,7 @@ def test_generate_casts_once(monkeypatch):
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     tokens = []
     assert count_casts(lambda: tokens.append(model.generate(prompt, **options))) == 4 * 2 * 4
-    monkeypatch.setattr(casts, "cast", lambda x, dtype, reader: x.to(dtype))
+    monkeypatch.setattr(casts, "cast", lambda x, dtype, reader, copy=False: x.to(dtype, copy=copy))
     assert torch.equal(tokens[0], model.generate(prompt, **options))
 
 
