@@ -10,6 +10,7 @@
 #include "peftkern/adalora.h"
 #include "peftkern/binding.h"
 #include "peftkern/dora.h"
+#include "peftkern/gram_product.h"
 #include "peftkern/grouped_linear.h"
 #include "peftkern/isa.h"
 #include "peftkern/lora_linear.h"
@@ -63,6 +64,16 @@ void set_lora_args(LoraArgs& args, int threads, int64_t M, int64_t K, int64_t r,
   args.keep = pointer<const uint8_t>(keep);
   args.scale = scale;
   args.threads = threads;
+}
+
+// The address of a dense weight, or the fields of a quantized one.
+template <class Args>
+void set_weight(Args& args, const py::object& weight) {
+  if (py::isinstance<py::tuple>(weight)) {
+    args.w = view_of(weight.cast<py::tuple>());
+  } else {
+    args.weight = pointer<const void>(weight.cast<uintptr_t>());
+  }
 }
 
 // (dy, its type, b, scaling, ds, x, its type, keep, keep_scale, da, s, db)
@@ -383,11 +394,7 @@ PYBIND11_MODULE(_cpu, m) {
           args.N = N;
           args.K = K;
           args.r = r;
-          if (py::isinstance<py::tuple>(weight)) {
-            args.w = view_of(weight.cast<py::tuple>());
-          } else {
-            args.weight = pointer<const void>(weight.cast<uintptr_t>());
-          }
+          set_weight(args, weight);
           args.dtype = dtype_from_code(dtype);
           args.a = pointer<const float>(a);
           args.b = pointer<const float>(b);
@@ -396,6 +403,22 @@ PYBIND11_MODULE(_cpu, m) {
           py::gil_scoped_release release;
           dora_norm(Isa{isa}, args);
         });
+
+  m.def("gram_product", [](int isa, int64_t m, int64_t n, int64_t width, const py::object& weight,
+                           int dtype, uintptr_t x, uintptr_t y, uintptr_t z, uintptr_t squares) {
+    GramProductArgs args;
+    args.m = m;
+    args.n = n;
+    args.width = width;
+    set_weight(args, weight);
+    args.dtype = dtype_from_code(dtype);
+    args.x = pointer<const float>(x);
+    args.y = pointer<float>(y);
+    args.z = pointer<float>(z);
+    args.squares = pointer<float>(squares);
+    py::gil_scoped_release release;
+    gram_product(Isa{isa}, args);
+  });
 
   m.def("low_rank_cores", [](int isa, int threads, const std::vector<std::array<int64_t, 9>>& table,
                              int64_t r, uintptr_t scaling, bool second_pass, uintptr_t cores,

@@ -3,6 +3,7 @@
 
 #include "adalora_kernels.h"
 #include "dora_kernels.h"
+#include "gram_product_kernels.h"
 #include "grouped_linear_kernels.h"
 #include "grouped_outer_kernels.h"
 #include "kernels.h"
@@ -37,6 +38,7 @@ constexpr CpuKernels kIsaKernels = {
     {adalora::importance, adalora::gram, adalora::gram_backward},
     {rosa::spmm, rosa::sddmm},
     {swiglu::forward, swiglu::backward},
+    {gram_product::run},
 };
 
 }  // namespace

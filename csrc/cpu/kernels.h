@@ -5,6 +5,7 @@
 #include "nf4_pieces.h"
 #include "peftkern/adalora.h"
 #include "peftkern/dora.h"
+#include "peftkern/gram_product.h"
 #include "peftkern/grouped_linear.h"
 #include "peftkern/isa.h"
 #include "peftkern/lora_linear.h"
@@ -53,6 +54,10 @@ struct SwigluKernels {
 
 struct DoraKernels {
   void (*norm)(const DoraNormArgs& args);
+};
+
+struct GramProductKernels {
+  void (*run)(const GramProductArgs& args);
 };
 
 // Serial. `scratch` is scratch_doubles(r) long.
@@ -105,6 +110,7 @@ struct CpuKernels {
   AdaLoraKernels adalora = {};
   RosaKernels rosa = {};
   SwigluKernels swiglu = {};
+  GramProductKernels gram_product = {};
 };
 
 // Defined where the instruction set is built.

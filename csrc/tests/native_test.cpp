@@ -27,6 +27,7 @@ void check_rosa(Isa isa);                // rosa_test.cpp
 void check_grouped_linear(Isa isa);      // grouped_linear_test.cpp
 void check_nf4_grouped_linear(Isa isa);  // nf4_grouped_linear_test.cpp
 void check_swiglu(Isa isa);              // swiglu_test.cpp
+void check_gram_product(Isa isa);        // gram_product_test.cpp
 
 namespace {
 
@@ -473,6 +474,7 @@ int main() {
     check_grouped_linear(isa);
     check_nf4_grouped_linear(isa);
     check_swiglu(isa);
+    check_gram_product(isa);
     check_malformed_states(isa);
     check_malformed_arguments(isa);
     std::printf("native test: %s passed\n", isa_name(isa));

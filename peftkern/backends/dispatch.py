@@ -62,6 +62,8 @@ _TABLE = {
     "swiglu_backward": ("swiglu", "cpu"),
     "dora_norm": ("dora", "triton cpu"),
     "nf4_dora_norm": ("dora", "triton cpu torch"),
+    "gram_product": ("gram_product", "cpu"),
+    "nf4_gram_product": ("gram_product", "cpu"),
     "low_rank_svd": ("low_rank_svd", "triton cuda cpu"),
     "low_rank_svd_out": ("low_rank_svd", "cpu"),
     "adalora_importance_": ("adalora", "triton cpu"),

@@ -219,6 +219,16 @@ def _(layout: list[int], dtype: torch.dtype, lora_A: Tensor, lora_B: Tensor) -> 
     return _fake_norm(layout[3:], lora_A, lora_B, dtype)
 
 
+@_fake("gram_product")
+def _(weight: Tensor, x: Tensor, need_z: bool, need_squares: bool) -> tuple[Tensor, ...]:
+    return _fake_gram_product(weight.shape, weight.dtype, x, need_z, need_squares)
+
+
+@_fake("nf4_gram_product")
+def _(layout: list[int], x: Tensor, need_z: bool, need_squares: bool) -> tuple[Tensor, ...]:
+    return _fake_gram_product(layout[3:], torch.float32, x, need_z, need_squares)
+
+
 @_fake("adalora_importance_")
 def _(exp_avg_ipt: Tensor, params: list[Tensor]) -> Tensor:
     return exp_avg_ipt.new_empty(sum(E.numel() for E in params[::3]))
@@ -307,6 +317,16 @@ def _fake_norm(shape: Any, lora_A: Tensor, lora_B: Tensor, dtype: torch.dtype) -
     torch._check(lora_A.shape[1] == shape[1])
     wide = torch.float64 in (dtype, lora_A.dtype, lora_B.dtype)
     return lora_A.new_empty(shape[0], dtype=torch.float64 if wide else torch.float32)
+
+
+def _fake_gram_product(
+    shape: Any, dtype: torch.dtype, x: Tensor, need_z: bool, need_squares: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (m, n), (width, columns) = shape, x.shape
+    torch._check(columns == n)
+    wide = torch.float64 if torch.float64 in (dtype, x.dtype) else torch.float32
+    sizes = ((width, m), (width, n) if need_z else 0, m if need_squares else 0)
+    return tuple(x.new_empty(size, dtype=wide) for size in sizes)
 
 
 @_fake("low_rank_svd")

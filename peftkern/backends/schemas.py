@@ -50,6 +50,10 @@ SCHEMAS = {
     "dora_norm": "(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor",
     "nf4_dora_norm": f"({_W}, ScalarType dtype, Tensor lora_A, Tensor lora_B, "
     "float scaling) -> Tensor",
+    "gram_product": "(Tensor weight, Tensor x, bool need_z, bool need_squares) "
+    "-> (Tensor y, Tensor z, Tensor squares)",
+    "nf4_gram_product": f"({_W}, Tensor x, bool need_z, bool need_squares) "
+    "-> (Tensor y, Tensor z, Tensor squares)",
     "low_rank_svd": "(Tensor[] lora_B, Tensor[] lora_A, float[] scaling, bool vectors, str mode) "
     "-> (Tensor U, Tensor S, Tensor Vh, Tensor rank, Tensor info)",
     # `mode` is a name that torch's functionalization keeps for itself.

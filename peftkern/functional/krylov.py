@@ -21,8 +21,9 @@ class Krylov:
     """The space that is spanned by X, W^T W X, .. of one matrix W [m, n] and a random block X.
 
     All rows of K [w, n] are orthonormal, and to `beside`, too; Y = K W^T [w, m]; T = Y Y^T [w, w]
-    in float64; rest [width, n] is what W^T W makes of the newest block outside of the space; probe,
-    a space beside it for `energy_bounds`, whose first block is multiplied along with the newest.
+    in float64; norm is |W|_F, after the first product, of a space that stands for itself; rest
+    [width, n] is what W^T W makes of the newest block outside of the space; probe, a space beside
+    it for `energy_bounds`, whose first block is multiplied along with the newest.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Krylov:
         self._K = torch.empty(rows, panels.n, dtype=torch.float32, device=device)
         self._Y = torch.empty(rows, panels.m, dtype=torch.float32, device=device)
         self._T = torch.empty(rows, rows, dtype=torch.float64, device=device)
+        self.norm = None if beside is None else math.nan
         self.rest = self._K[:0]
         self.probe: Krylov | None = None
         self.eigen: tuple[Tensor, Tensor] | None = None  # of T, after `best`
@@ -84,8 +86,7 @@ class Krylov:
 
     def products_back(self, rows: slice) -> Tensor:
         """Return the share that rows of W have in W^T of what `take` was given last."""
-        pieces = self.panels.pieces(rows)
-        return sum(self.Y[self.newest, piece] @ self.panels.read(piece) for piece in pieces)
+        return self.Y[self.newest, rows] @ self.panels.read(rows)
 
     def take(self, Y: Tensor) -> None:
         """Take W X of the newest block."""
@@ -114,35 +115,26 @@ def multiply(spaces: Sequence[Krylov], transposed: bool, run: Run) -> None:
     """
     groups = [[space, space.probe] if space.probe else [space] for space in spaces]
     work = []
-    for group in groups:
-        X = torch.cat([space.K[space.newest] for space in group]).T.contiguous()
-        work += [(group[0].panels, rows, X) for rows in group[0].panels.slices]
-    found = run(lambda one: _products(*one, transposed), work)
+    for space, *others in groups:
+        x = torch.cat([one.K[one.newest] for one in (space, *others)])
+        first = space.norm is None
+        work += [(space.panels, rows, x, transposed, first) for rows in space.panels.slices]
+    found = run(lambda one: one[0].products(*one[1:]), work)
     for group in groups:
         panels, widths = group[0].panels, [space.width for space in group]
         Y = group[0].K.new_empty(sum(widths), panels.m)
-        Z = Y.new_zeros(len(Y), panels.n)
+        Z, total = Y.new_zeros(len(Y), panels.n), 0.0
         for rows in panels.slices:
-            y, z = next(found)
-            Y[:, rows] = y.T
-            if z is not None:
+            y, z, squares = next(found)
+            Y[:, rows] = y
+            if transposed:
                 Z += z
+            total += float(squares.sum(dtype=torch.float64))
+        if group[0].norm is None:
+            group[0].norm = math.sqrt(total)
         for space, made, rest in zip(group, Y.split(widths), Z.split(widths), strict=True):
             space.rest = rest
             space.take(made)
-
-
-def _products(
-    panels: Panels, rows: slice, X: Tensor, transposed: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Return W X for rows of W, and W^T of that."""
-    Y, Z = [], None
-    for piece in panels.pieces(rows):
-        panel = panels.read(piece)
-        Y.append(panel @ X)
-        if transposed:
-            Z = Y[-1].T @ panel if Z is None else Z.addmm_(Y[-1].T, panel)
-    return torch.cat(Y), Z
 
 
 def multiply_back(spaces: Sequence[Krylov], run: Run) -> None:

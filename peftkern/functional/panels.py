@@ -9,7 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.table import cut
 
 _ON_CPU = 1 << 20  # values of a panel: 4 MB
-_PIECE = 1 << 18  # of a piece of one: 1 MB, which stays in a core's cache between two products
 _ELSEWHERE = 1 << 25  # fewer launches, 128 MB
 Item, Found = TypeVar("Item"), TypeVar("Found")
 Run = Callable[[Callable[[Item], Found], Iterable[Item]], Iterator[Found]]
@@ -45,23 +44,13 @@ class Panels:
         steps = [part.step for part in self._parts]
         step = math.lcm(*steps, blocksize // math.gcd(blocksize, self.n))
         size = _ON_CPU if self.device.type == "cpu" else _ELSEWHERE
-        decoded = not all(isinstance(part, Tensor) for part in (weight, minus) if part is not None)
-        # Decoding a piece takes a call, for which threads wait for each other.
-        piece = size if decoded or self.device.type != "cpu" else _PIECE
-        self.rows, self._piece = (
-            max(1, count // max(1, step * self.n)) * step for count in (size, piece)
-        )
+        self.rows = max(1, size // max(1, step * self.n)) * step
         self._buffers = threading.local()
 
     @property
     def slices(self) -> list[slice]:
         """Rows of every panel."""
         return [slice(i, min(i + self.rows, self.m)) for i in range(0, self.m, self.rows)]
-
-    def pieces(self, rows: slice) -> list[slice]:
-        """Cut rows of a panel for products of which each reads them again."""
-        starts = range(rows.start, rows.stop, self._piece)
-        return [slice(i, min(i + self._piece, rows.stop)) for i in starts]
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows and their panel, one after the other."""
@@ -77,6 +66,20 @@ class Panels:
         if self.scale != 1.0:
             panel = torch.mul(panel, self.scale, out=self._buffer(2 * place, rows))
         return panel
+
+    def products(
+        self, rows: slice, x: Tensor, need_z: bool, need_squares: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return y = x W^T, z = y W and the squared norms of the rows W of a panel.
+
+        z and the squares are empty if they are not needed. What is one weight is multiplied as it
+        is stored, if it can be.
+        """
+        first, *minus = self._parts
+        alone = not minus and self.scale == 1.0 and (first.dense or self.device.type == "cpu")
+        weight = first.stored(rows) if alone else (self.read(rows),)
+        op = "gram_product" if len(weight) == 1 else "nf4_gram_product"
+        return ops.run(op, *weight, x, need_z, need_squares)
 
     def release(self) -> None:
         """Free the buffers of all threads, which the next `read` would make again."""
@@ -94,7 +97,7 @@ class _Rows:
     """Rows of one weight, from a multiple of `step` on."""
 
     def __init__(self, weight: Tensor | QuantizedWeight) -> None:
-        self.step = 1
+        self.step, self.dense = 1, isinstance(weight, Tensor)
         self._weight: Tensor | tuple[Sequence[Tensor], Sequence[int]]
         if isinstance(weight, Tensor):
             self._weight = weight.detach()
@@ -102,18 +105,24 @@ class _Rows:
             self._weight = unnested(weight.tensors, weight.layout)
             self.step = weight.blocksize // math.gcd(weight.blocksize, weight.shape[1])
 
-    def read(self, rows: slice, buffer: Callable[[int, slice], Tensor], index: int) -> Tensor:
-        """Return rows in float32: a view of a weight that is, else what a buffer then holds."""
+    def stored(self, rows: slice) -> tuple[Any, ...]:
+        """Return rows as ops take them: a tensor alone, or the tensors and the layout."""
         weight = self._weight
         if isinstance(weight, Tensor):
-            values = weight[rows]
-            if values.dtype is torch.float32:
-                return values
-            return buffer(index, rows).copy_(values)
-        (_, blocksize, _, _, n), out = weight[1], buffer(index, rows)
+            return (weight[rows],)
+        _, blocksize, _, _, n = weight[1]
         blocks = slice(rows.start * n // blocksize, -(-rows.stop * n // blocksize))
-        ops.nf4_dequantize_out(*cut(*weight, blocks, (rows.stop - rows.start, n)), out)
-        return out
+        return cut(*weight, blocks, (rows.stop - rows.start, n))
+
+    def read(self, rows: slice, buffer: Callable[[int, slice], Tensor], index: int) -> Tensor:
+        """Return rows in float32: a view of a weight that is, else what a buffer then holds."""
+        found = self.stored(rows)
+        if not self.dense:
+            out = buffer(index, rows)
+            ops.nf4_dequantize_out(*found, out)
+            return out
+        values = found[0]
+        return values if values.dtype is torch.float32 else buffer(index, rows).copy_(values)
 
 
 _LOCK = threading.Lock()

@@ -83,6 +83,12 @@ class _Job(NamedTuple):
     certify: bool
     seed: int
 
+    def blocks(self, panels: Panels) -> int:
+        """Return how many blocks a space in which to search may have; 0, none is worth it."""
+        side = min(panels.m, panels.n)
+        blocks = min(side // (2 * self.width), self.sweeps or MAX_SWEEPS)
+        return blocks if side > SMALL and blocks >= (self.sweeps or 3) else 0
+
 
 class _Layer:
     """One matrix; the space that was searched, if one was; its best approximation B A."""
@@ -239,8 +245,9 @@ def _groups(layers: list[_Layer]) -> Iterator[list[_Layer]]:
 
 def _decompose(layers: list[_Layer], job: _Job, run: Run) -> LowRankSVD:
     """Decompose some layers; note in each what was found out."""
-    _measure(layers, run)
-    _search(layers, job, run)
+    large = [layer for layer in layers if job.blocks(layer.panels)]
+    _measure([layer for layer in layers if layer not in large], run)
+    _search(large, job, run)
     _decompose_small([layer for layer in layers if layer.factors is None], job.rank, run)
     svd = low_rank_svd(*map(list, zip(*(layer.factors for layer in layers), strict=True)))
     if job.certify:
@@ -269,6 +276,12 @@ def _measure(layers: list[_Layer], run: Run) -> None:
         lambda one, rows: _squares(one.panels.read(rows)), layers, run
     ):
         layer.norm = math.sqrt(float(sum(squares)))
+    if scaled := _scale(layers, run):
+        _measure(scaled, run)
+
+
+def _scale(layers: list[_Layer], run: Run) -> list[_Layer]:
+    """Scale those W of layers whose square would leave float32; return these layers."""
     odd = [
         layer
         for layer in layers
@@ -280,7 +293,7 @@ def _measure(layers: list[_Layer], run: Run) -> None:
             raise ArgumentError(f"{layer.where}: expected finite values, got NaN or Inf")
         if top > 0:
             layer.panels.scale = 2.0 ** min(-math.frexp(top)[1], 126)  # in float32
-            _measure([layer], run)
+    return [layer for layer in odd if layer.panels.scale != 1.0]
 
 
 def _squares(panel: Tensor) -> Tensor:
@@ -288,15 +301,14 @@ def _squares(panel: Tensor) -> Tensor:
 
 
 def _search(layers: list[_Layer], job: _Job, run: Run) -> None:
-    """Find the factors of layers by block Lanczos, but of those that are too small for it."""
-    going, sweeps = [], job.sweeps
+    """Find the factors of layers by block Lanczos, but of those that are too small for it.
+
+    Their norms come with the first product.
+    """
+    going, sweeps = layers, job.sweeps
     for layer in layers:
         panels = layer.panels
-        side = min(panels.m, panels.n)
-        blocks = min(side // (2 * job.width), sweeps or MAX_SWEEPS)
-        if side > SMALL and blocks >= (sweeps or 3) and layer.norm > 0:
-            layer.space = Krylov(panels, job.width, blocks, job.seed)
-            going.append(layer)
+        layer.space = Krylov(panels, job.width, job.blocks(panels), job.seed)
     begin([layer.space for layer in going], run)
     while going:
         spaces, ending = [layer.space for layer in going], [layer.ends(job) for layer in going]
@@ -304,6 +316,13 @@ def _search(layers: list[_Layer], job: _Job, run: Run) -> None:
         if job.certify:
             probe(list(itertools.compress(spaces, ending)), job.seed + 1, run)
         multiply(spaces, job.certify or not last, run)
+        if done == 1:
+            for layer in layers:
+                layer.norm = layer.space.norm
+            scaled = _scale(layers, run)
+            _search(scaled, job, run)
+            going = [layer for layer in layers if layer not in scaled and layer.norm > 0]
+            spaces = [layer.space for layer in going]
         values = run(lambda space: torch.linalg.eigvalsh(space.T)[-job.rank :].sum().item(), spaces)
         for layer, kept in zip(going, values, strict=True):
             layer.sweeps = done

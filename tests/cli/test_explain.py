@@ -109,7 +109,7 @@ def _dense(value):
 @pytest.mark.parametrize("name", [*FUNCTIONS, *ops.SCHEMAS])
 def test_every_function_is_explained(name):
     prefixes = ("lora_", "nf4_linear", "nf4_lora", "dora_linear", "rosa_", "grouped", "nf4_grouped")
-    prefixes += ("swiglu",)
+    prefixes += ("swiglu", "gram_", "nf4_gram")
     with_rows = name.startswith(prefixes)
     sample = sample_of(name, "5x6x7" if with_rows else "6x7")
     assert (5 if with_rows else 1, 6, 7) == (sample.M, sample.N, sample.K)

@@ -72,6 +72,8 @@ def op_cases() -> dict[str, list[tuple]]:
             (*stored(q), dtype, A, B, 2.0)
             for q, dtype in ((True, torch.bfloat16), (False, torch.float32))
         ],
+        "gram_product": [(weight, A, True, True), (weight.float(), A, False, False)],
+        "nf4_gram_product": [(*stored(q), A, q, not q) for q in (True, False)],
         "low_rank_svd": [
             ([B, B.bfloat16()], [A, A], [2.0, -1.0], True, "accurate"),
             ([B, torch.randn(3, 5)], [A.bfloat16(), torch.randn(5, 2)], [1.0, 1.0], True, "fast"),

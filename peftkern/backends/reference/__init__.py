@@ -11,6 +11,7 @@ from peftkern.backends.reference.adalora import (
     adalora_orthogonality_forward,
 )
 from peftkern.backends.reference.dora import dora_norm, nf4_dora_norm
+from peftkern.backends.reference.gram_product import gram_product, nf4_gram_product
 from peftkern.backends.reference.grouped_linear import (
     grouped_linear_backward,
     grouped_linear_forward,

@@ -131,6 +131,8 @@ class Sample:
             "da": self.tensor(M, N),
             "need_gate_up": True,
             "need_weights": True,
+            "need_z": True,
+            "need_squares": True,
         }
         return values[name]
 

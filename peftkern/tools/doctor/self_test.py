@@ -207,6 +207,16 @@ def _swiglu(inputs: Inputs) -> Results:
     return {"y": torch.ops.peftkern.swiglu_forward(u, w), "dgate_up": du, "drow_weights": dw}
 
 
+def _gram_product(inputs: Inputs) -> Results:
+    ops, x, weight, w = torch.ops.peftkern, *(inputs[name] for name in ("x", "weight", "w"))
+    found = (
+        ops.gram_product(weight, x, True, True),
+        ops.nf4_gram_product(w.tensors, w.layout, x, True, True),
+    )
+    names = [f"{name} of {kind}" for kind in ("dense", "NF4") for name in ("y", "z", "squares")]
+    return dict(zip(names, (*found[0], *found[1]), strict=True))
+
+
 def _quantize_nf4(inputs: Inputs) -> Results:
     w = functional.quantize_nf4(inputs["weight"])
     return {"packed": w.packed, "absmax": w.absmax, "nested_absmax": w.nested_absmax}
@@ -306,6 +316,7 @@ _CASES = (
     _Case("swiglu", _swiglu, _16_AND_32),
     _Case("quantize_nf4", _quantize_nf4, _16_AND_32, exact=True),
     _Case("dequantize_nf4", _dequantize_nf4, _16_AND_32, exact=True),
+    _Case("gram_product", _gram_product, _16_AND_32),
     _Case("low_rank_svd", _low_rank_svd),
     _Case("adalora_importance_", _importance),
     _Case("adalora_allocate_", _allocate, exact=True),
