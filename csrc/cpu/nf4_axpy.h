@@ -146,6 +146,14 @@ struct NF4Axpy {
     add_sums<kM, kM, kV>(acc, sums);
   }
 
+  // Asks for 64 weights of a row, and their scales.
+  template <bool kZero>
+  [[gnu::always_inline]] void prefetch(const Task& t, int64_t element) const {
+    __builtin_prefetch(args.w.packed + element / 2, 0, 2);
+    if (!t.scales) __builtin_prefetch(t.absmax.of(element), 0, 2);
+    if (kZero) __builtin_prefetch(args.w.zero + (element >> t.absmax.log2), 0, 2);
+  }
+
   // Whether a task makes floats of the bytes of the rows at hand: those of all rows would take a
   // quarter or a half of the weight's bytes.
   bool scales_by_task() const { return Axpy::kDecodesAll && args.w.byte_scales(); }
@@ -166,17 +174,6 @@ struct NF4Axpy {
     }
   }
 
-  // Asks for the scales and zeros of so many rows that are floats already.
-  [[gnu::always_inline]] void prefetch_floats(const Task& t, int64_t n0, int64_t rows) const {
-    const int log2 = args.w.blocksize_log2();
-    const int64_t bytes = (t.count - 1) >> log2 << 2;
-    for (int64_t n = 0; n < rows; ++n) {
-      const int64_t element = (t.piece.weight + n0 + n) * args.K + t.begin;
-      prefetch_lines(t.absmax.of(element), bytes);
-      if (args.w.zero) prefetch_lines(args.w.zero + (element >> log2), bytes);
-    }
-  }
-
   // The same of all vectors for one row of dy or two, which scales multiply instead of the weights.
   // Zeros, the same in all vectors, have a sum of their own.
   template <int kM, bool kZero>
@@ -194,7 +191,7 @@ struct NF4Axpy {
       for (int64_t n = 0; n < rows; ++n, element += args.K) {
         const Absmax absmax = row_scales(t, n0, n);
         const auto weights = Axpy::weights(own, args.w, absmax, element, args.K, rows - n);
-        if (v0 == 0) __builtin_prefetch(args.w.packed + (element + kRows<kM> * args.K) / 2, 0, 2);
+        if (v0 == 0) prefetch<kZero>(t, element + kRows<kM> * args.K);
         Vector slope[kM];
         for (int m = 0; m < kM; ++m) {
           slope[m] = Axpy::product(weights.scaled.scale, Axpy::broadcast(dy + n * kM + m));
@@ -232,7 +229,7 @@ struct NF4Axpy {
     for (int64_t n = 0; n < rows; ++n, element += args.K, out += 64) {
       const Absmax absmax = row_scales(t, n0, n);
       const auto weights = Axpy::weights(own, args.w, absmax, element, args.K, rows - n);
-      __builtin_prefetch(args.w.packed + (element + ahead * args.K) / 2, 0, 2);
+      prefetch<kZero>(t, element + ahead * args.K);
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) {
         const Vector code = weights.template code<kZero>(v);
@@ -288,8 +285,7 @@ struct NF4Axpy {
     for (int64_t n0 = 0; n0 < args.N; n0 += kRows<kM>) {
       const int64_t valid = min64(kRows<kM>, args.N - n0);
       if constexpr (Axpy::kDecodesAll) {
-        t.scales ? expand_scales(t, n0, valid, kRows<kM>)
-                 : prefetch_floats(t, n0 + kRows<kM>, valid);
+        if (t.scales) expand_scales(t, n0, valid, kRows<kM>);
       }
       const float* slopes = dy + n0 / Axpy::kPart * kM;
       for (int64_t c = 0; c < t.count; c += 64) {
