@@ -91,14 +91,14 @@ def addresses(
     dtype: None for whatever each of them has.
     """
     if not (
-        [tensor.numel() for tensor in tensors] == list(sizes)
+        [*map(Tensor.numel, tensors)] == [*sizes]
         and (dtype is None or {tensor.dtype for tensor in tensors} <= {dtype})
         and {tensor.is_cpu for tensor in tensors} <= {True}
-        and {tensor.is_contiguous() for tensor in tensors} <= {True}
+        and all(map(Tensor.is_contiguous, tensors))
     ):
         for i, (tensor, size) in enumerate(zip(tensors, sizes, strict=True)):
             address(f"{name}[{i}]", tensor, dtype or tensor.dtype, size)
-    return [tensor.data_ptr() for tensor in tensors]
+    return [*map(Tensor.data_ptr, tensors)]
 
 
 def address_table(

@@ -66,29 +66,39 @@ def adalora_importance_(
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not isinstance(beta, (float, numbers.Real)) or not 0.0 < beta < 1.0:
             raise mismatch(name, "a number between 0 and 1", beta)
-    numel, device = 0, exp_avg_ipt.device
-    for i in range(0, len(params), 3):
-        triplet = params[i : i + 3]
-        shapes = [p.shape for p in triplet]
-        (r, K), N = shapes[1] if len(shapes[1]) == 2 else (-1, 0), shapes[2][0] if shapes[2] else 0
-        if shapes[0].numel() != r or shapes[2] != (N, r) or not K or not N:
-            raise ValueError(
-                f"params of layer {i // 3}: expected lora_E [r, 1], lora_A [r, K], lora_B [N, r], "
-                f"got {[list(shape) for shape in shapes]}"
-            )
-        numel += r * (1 + K + N)
-        for j, (p, shape) in enumerate(zip(triplet, shapes, strict=True)):
-            g = grads[i + j]
+    shapes, device = [p.shape for p in params], exp_avg_ipt.device
+    numel = _elements(shapes)
+    # Each question is asked of all before the next: there are hundreds.
+    given = [p if g is None else g for p, g in zip(params, grads, strict=True)]
+    if not {p.dtype for p in params} <= {*DTYPES} or {p.device for p in params} != {device}:
+        for i, p in enumerate(params):
             if p.dtype not in DTYPES or p.device != device:
-                raise mismatch(f"params[{i + j}]", f"one of {DTYPES} on {device}", p)
-            if g is not None and (g.shape != shape or g.device != device):
-                raise mismatch(f"grads[{i + j}]", f"{list(shape)} on {device}", g)
+                raise mismatch(f"params[{i}]", f"one of {DTYPES} on {device}", p)
+    if [g.shape for g in given] != shapes or {g.device for g in given} != {device}:
+        for i, (g, shape) in enumerate(zip(given, shapes, strict=True)):
+            if g.shape != shape or g.device != device:
+                raise mismatch(f"grads[{i}]", f"{list(shape)} on {device}", g)
     wide = torch.float64 if params[0].dtype is torch.float64 else torch.float32
     for name, state in (("exp_avg_ipt", exp_avg_ipt), ("exp_avg_unc", exp_avg_unc)):
         if state.shape != (numel,) or state.dtype is not wide or not state.is_contiguous():
             raise mismatch(name, f"[{numel}] contiguous {wide}", state)
     with torch.no_grad():
         return ops.adalora_importance_(exp_avg_ipt, exp_avg_unc, params, grads, beta1, beta2)
+
+
+def _elements(shapes: list[torch.Size]) -> int:
+    """Return the elements of all triplets. Raises: ValueError on shapes that make none."""
+    numel = 0
+    for i in range(0, len(shapes), 3):
+        E, A, B = shapes[i : i + 3]
+        r = A[0] if len(A) == 2 else -1
+        if E.numel() != r or len(B) != 2 or B[1] != r or not A[1] or not B[0]:
+            raise ValueError(
+                f"params of layer {i // 3}: expected lora_E [r, 1], lora_A [r, K], lora_B [N, r], "
+                f"got {[list(shape) for shape in (E, A, B)]}"
+            )
+        numel += r * (1 + A[1] + B[0])
+    return numel
 
 
 def adalora_allocate_(
@@ -130,9 +140,10 @@ def adalora_allocate_(
     total = sum(E.numel() for E in lora_E)
     if scores.shape != (total,) or scores.dtype not in (torch.float32, torch.float64):
         raise mismatch("scores", f"[{total}] float32 or float64 for these lora_E", scores)
+    device = scores.device
     for i, E in enumerate(lora_E):
-        if not E.is_contiguous() or E.dtype not in DTYPES or E.device != scores.device:
-            raise mismatch(f"lora_E[{i}]", f"contiguous {DTYPES} on {scores.device}", E)
+        if not E.is_contiguous() or E.dtype not in DTYPES or E.device != device:
+            raise mismatch(f"lora_E[{i}]", f"contiguous {DTYPES} on {device}", E)
     if not total:
         return torch.ones_like(scores, dtype=torch.bool)
     with torch.no_grad():

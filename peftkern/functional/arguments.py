@@ -20,6 +20,7 @@ DTYPES = (*WEIGHT_DTYPES, torch.float64)
 # Others go by their type.
 _PRINTED = (numbers.Number, str, torch.dtype, NF4Weight, BlockWeight, type(None))
 _PRINTED_LENGTH = 120
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 # FSDP1 makes one parameter of many, of which a process has a part.
 IN_FLAT_PARAMETER = "FullyShardedDataParallel holds it in pieces of a flat parameter"
 SHARD_OTHERWISE = (
@@ -55,6 +56,8 @@ def tensor_list(name: str, values: Any, *, optional: bool = False) -> list[Any]:
     if not is_listed(values):
         raise mismatch(name, "a list of tensors", values)
     found = list(values)
+    if {*map(type, found)} <= _TENSORS:  # one question for hundreds
+        return found
     for i, value in enumerate(found):
         if not isinstance(value, Tensor) and not (optional and value is None):
             raise mismatch(f"{name}[{i}]", "a tensor", value)

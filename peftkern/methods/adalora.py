@@ -29,6 +29,7 @@ from peftkern.functional.adalora import (
 from peftkern.layers.svd import SVDLinear
 from peftkern.methods.compaction import check_states, shrink_triplets_
 from peftkern.methods.processes import (
+    are_plain,
     check_readable,
     check_unheld,
     is_sharded,
@@ -101,7 +102,7 @@ class Importance:
 
     def __init__(self, layers: Mapping[str, Triplets], beta1: float, beta2: float) -> None:
         self.beta1, self.beta2 = beta1, beta2
-        params = _flat(layers.values())
+        params = flat(layers.values())
         numel = sum(p.numel() for p in params)
         wide = torch.float64 if params[0].dtype is torch.float64 else torch.float32
         self.exp_avg_ipt = torch.zeros(numel, dtype=wide, device=params[0].device)
@@ -114,7 +115,7 @@ class Importance:
         Raises: ValueError if no parameter has a gradient, and on a CPU (elsewhere it would have to
             wait; see `check_finite`) if a score is not finite, naming the layer.
         """
-        params = _flat(layers.values())
+        params = flat(layers.values())
         grads = [p.grad for p in params]
         if all(grad is None for grad in grads):
             raise ValueError(
@@ -130,7 +131,7 @@ class Importance:
 
     def rescore(self, layers: Mapping[str, Triplets]) -> Tensor:
         """Compute the scores of the EMAs as they are, after these have been loaded."""
-        shapes = [p.shape for p in _flat(layers.values())]
+        shapes = [p.shape for p in flat(layers.values())]
         products = (self.exp_avg_ipt * self.exp_avg_unc).split([shape.numel() for shape in shapes])
         s = [product.view(shape) for product, shape in zip(products, shapes, strict=True)]
         triplets = zip(s[::3], s[1::3], s[2::3], strict=True)
@@ -150,7 +151,7 @@ class Importance:
 
     def compact_(self, layers: Mapping[str, Triplets], keep: Sequence[Tensor]) -> None:
         """Drop the triplets that `keep` (one mask per layer) does not name; call before they go."""
-        shapes = [p.shape for p in _flat(layers.values())]
+        shapes = [p.shape for p in flat(layers.values())]
         for name in ("exp_avg_ipt", "exp_avg_unc"):
             parts = getattr(self, name).split([shape.numel() for shape in shapes])
             kept = [
@@ -211,7 +212,8 @@ class RankAllocator:
         self._drawn_from: Tensor | None = None  # its scores
 
     def _triplets(self) -> dict[str, Triplets]:
-        return {n: (m.lora_E, m.lora_A, m.lora_B) for n, m in self.layers.items()}
+        own = ((n, m._parameters) for n, m in self.layers.items())  # ten times as fast as a dot
+        return {n: (p["lora_E"], p["lora_A"], p["lora_B"]) for n, p in own}
 
     def update_and_allocate(self, step: int) -> tuple[float, Tensor | None]:
         """Take in the gradients of a step and prune to its budget.
@@ -226,9 +228,11 @@ class RankAllocator:
             (on a CPU; elsewhere it would have to wait: see `Importance.check_finite`).
         """
         layers = self._triplets()
-        check_readable(_named(layers), "RankAllocator")
-        for name, (E, _, _) in layers.items():
-            check_unheld(f"{name}.lora_E", E, "and leaves RankAllocator no gradients to read")
+        plain = are_plain(flat(layers.values()))
+        if not plain:
+            check_readable(_named(layers), "RankAllocator")
+            for name, (E, _, _) in layers.items():
+                check_unheld(f"{name}.lora_E", E, "and leaves RankAllocator no gradients to read")
         lora_E = [E for E, _, _ in layers.values()]
         budget, draw = self.schedule(step)
         if step > self.schedule.last_step:
@@ -237,16 +241,16 @@ class RankAllocator:
             apply_mask_(lora_E, self.mask)
             return budget, self.mask
         if step < self.schedule.last_step:
-            self.importance.update_({n: tuple(map(with_gradient, t)) for n, t in layers.items()})
+            self.importance.update_(layers if plain else whole_layers(layers))
         elif self.importance is None or self.importance.scores is None:
             raise ValueError(f"step: {step} draws the last mask, but nothing was scored before")
         if not draw and step < self.schedule.last_step:
             return budget, None
         limits = {} if self.limits is None else self.limits.of(list(layers))._asdict()
         self._drawn_from = self.importance.scores
-        gathered = [with_gradient(E) for E in lora_E]
+        gathered = lora_E if plain else [with_gradient(E) for E in lora_E]
         self.mask = adalora_allocate_(self._drawn_from, gathered, budget, ties=self.ties, **limits)
-        if any(map(is_sharded, lora_E)):
+        if not plain and any(map(is_sharded, lora_E)):
             apply_mask_(lora_E, self.mask)
         if step == self.schedule.last_step:
             self.importance = None
@@ -372,5 +376,11 @@ def _named(layers: Mapping[str, Triplets]) -> Iterator[tuple[str, nn.Parameter]]
         yield from ((f"{name}.{attribute}", parameter) for attribute, parameter in parameters)
 
 
-def _flat(triplets: Any) -> list[nn.Parameter]:
+def whole_layers(layers: Mapping[str, Triplets]) -> dict[str, Triplets]:
+    """Return triplets with their gradients, of which FSDP2 may hold shards."""
+    return {name: tuple(map(with_gradient, triplet)) for name, triplet in layers.items()}
+
+
+def flat(triplets: Iterable[Triplets]) -> list[nn.Parameter]:
+    """Return lora_E, lora_A, lora_B of the first layer, then of the next."""
     return [parameter for triplet in triplets for parameter in triplet]

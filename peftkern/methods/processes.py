@@ -40,6 +40,14 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
+def are_plain(parameters: Iterable[Tensor]) -> bool:
+    """Return whether no engine has any of these: then nothing has to be asked of each.
+
+    FSDP2's are of another type, FSDP1 and DeepSpeed leave attributes; what else has some is asked.
+    """
+    return all(type(p) is nn.Parameter and not p.__dict__ for p in parameters)
+
+
 def with_gradient(parameter: Tensor) -> Tensor:
     """Return a sharded parameter whole, as a leaf with its gradient; others as they are."""
     if not is_sharded(parameter):

@@ -24,11 +24,11 @@ def refusal_importance(
     """Refuse other EMAs than float32, and tensors in float64 beside others."""
     if exp_avg_ipt.dtype is not torch.float32:
         return f"the EMAs are {exp_avg_ipt.dtype}"
-    tensors = [*params, *(grad for grad in grads if grad is not None)]
+    tensors = [*params, *[grad for grad in grads if grad is not None]]
     one_of_each = {tensor.dtype: tensor for tensor in tensors}
     if len(one_of_each) == 1 or torch.float64 in one_of_each:
         return refusal_list(tensors)
-    if not all(tensor.is_cpu for tensor in tensors):
+    if {tensor.is_cpu for tensor in tensors} != {True}:
         return f"tensors are on {tensors[0].device}"
     reasons = map(refusal_dense, one_of_each.values())
     return next((reason for reason in reasons if reason is not None), None)
@@ -57,10 +57,13 @@ def adalora_importance_(
     beta1: float,
     beta2: float,
 ) -> Tensor:
-    params, grads = contiguous(params), contiguous(grads)
-    scores = torch.empty(sum(E.numel() for E in params[::3]), dtype=torch.float32, device="cpu")
+    given = [*params, *[grad for grad in grads if grad is not None]]
+    if not all(map(Tensor.is_contiguous, given)):
+        params, grads = contiguous(params), contiguous(grads)
+    count = sum(map(Tensor.numel, params[::3]))
+    scores = torch.empty(count, dtype=torch.float32, device="cpu")
     state, betas = (exp_avg_ipt, exp_avg_unc), (beta1, beta2)
-    if len({t.dtype for t in (*params, *grads) if t is not None}) == 1:
+    if len({t.dtype for t in given}) == 1:
         _score(scores, state, params, grads, betas)
         return scores
     # As with lora_E in float32 beside lora_A in bfloat16: a layer in float32 at a time.
@@ -166,21 +169,16 @@ def adalora_orthogonality_backward(
 
 def _triplet_table(params: list[Tensor], grads: list[Tensor | None]) -> list[int]:
     """Return r, K, N and the addresses of E, A, B and their gradients per layer; 0: no gradient."""
-    dtype, shapes, sizes = params[0].dtype, [], []
-    for A, B in zip(params[1::3], params[2::3], strict=True):
-        (r, K), N = A.shape, B.shape[0]
-        shapes.append((r, K, N))
-        sizes += (r, r * K, N * r)
+    dtype, sizes = params[0].dtype, [*map(Tensor.numel, params)]
+    ranks, numels_A, numels_B = sizes[::3], sizes[1::3], sizes[2::3]
+    K = [numel // r if r else 1 for numel, r in zip(numels_A, ranks, strict=True)]
+    N = [numel // r if r else 1 for numel, r in zip(numels_B, ranks, strict=True)]
     owners = addresses("params", params, dtype, sizes)
-    slopes = [0] * len(grads)
-    present = [i for i, grad in enumerate(grads) if grad is not None]
-    at = addresses("grads", [grads[i] for i in present], dtype, [sizes[i] for i in present])
-    for i, slope in zip(present, at, strict=True):
-        slopes[i] = slope
-    table = []
-    for i, shape in enumerate(shapes):
-        table += (*shape, *owners[3 * i : 3 * i + 3], *slopes[3 * i : 3 * i + 3])
-    return table
+    given = [p if grad is None else grad for p, grad in zip(params, grads, strict=True)]
+    at = addresses("grads", given, dtype, sizes)
+    slopes = [0 if grad is None else place for grad, place in zip(grads, at, strict=True)]
+    columns = ranks, K, N, *(owners[i::3] for i in range(3)), *(slopes[i::3] for i in range(3))
+    return [number for row in zip(*columns, strict=True) for number in row]
 
 
 def _gram_table(

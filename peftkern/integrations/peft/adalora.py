@@ -38,9 +38,17 @@ from peftkern.methods.adalora import (
     Importance,
     Triplets,
     apply_mask_,
+    flat,
     mean_scores,
+    whole_layers,
 )
-from peftkern.methods.processes import check_not_flat, is_sharded, whole, with_gradient
+from peftkern.methods.processes import (
+    are_plain,
+    check_not_flat,
+    is_sharded,
+    whole,
+    with_gradient,
+)
 from peftkern.methods.rank_budget import RankLimits
 
 __all__: list[str] = []
@@ -73,6 +81,7 @@ class PatchedRankAllocator(RankAllocator):
     drawn: DrawnMask | None = None  # the last one; another object for each
     _importance: Importance | None = None
     _layers: list[tuple[str, AdaLoraLayer]] | None = None
+    _places: list[tuple[str, list[dict[str, nn.Parameter]]]] = []  # noqa: RUF012  # of `_layers`
     _pattern: tuple[Any, Tensor] | None = None  # rank_pattern, and the same as a tensor
     rows: dict[str, list[bool]] | None = None  # of init_r triplets those that were not dropped
 
@@ -85,20 +94,21 @@ class PatchedRankAllocator(RankAllocator):
         return BudgetSchedule(*budgets, *times)(step)
 
     def update_ipt(self, model: nn.Module) -> None:
-        triplets = self.triplets(model)
-        if not zero.is_within_step() and zero.held(E for E, _, _ in triplets.values()):
-            if peft_layer.deepspeed_config() is None:  # PEFT fails there
-                raise ValueError(
-                    "grads: DeepSpeed holds them; make AdaLoraSteps(model, optimizer, steps) after "
-                    "deepspeed.initialize, which allocates within engine.step()"
-                )
-            dispatch.record_fallback("adalora_importance_", "DeepSpeed holds the gradients")
-            self._importance = None
-            super().update_ipt(model)
-            return
-        for name, (E, _, _) in triplets.items():
-            check_not_flat(f"{name}.lora_E", E, "AdaLoRA")
-        layers = {n: tuple(map(with_gradient, t)) for n, t in triplets.items()}
+        layers = self.triplets(model)
+        if not are_plain(flat(layers.values())):
+            if not zero.is_within_step() and zero.held(E for E, _, _ in layers.values()):
+                if peft_layer.deepspeed_config() is None:  # PEFT fails there
+                    raise ValueError(
+                        "grads: DeepSpeed holds them; make AdaLoraSteps(model, optimizer, steps) "
+                        "after deepspeed.initialize, which allocates within engine.step()"
+                    )
+                dispatch.record_fallback("adalora_importance_", "DeepSpeed holds the gradients")
+                self._importance = None
+                super().update_ipt(model)
+                return
+            for name, (E, _, _) in layers.items():
+                check_not_flat(f"{name}.lora_E", E, "AdaLoRA")
+            layers = whole_layers(layers)
         if self._importance is None:
             self.adopt_ipt(layers)
         self._importance.update_(layers)
@@ -120,11 +130,11 @@ class PatchedRankAllocator(RankAllocator):
         if any(map(is_sharded, lora_E)):
             apply_mask_(lora_E, mask)
         self.drawn = DrawnMask(budget, list(layers), ranks, scores.cpu())
-        parts = torch.split(mask.cpu(), ranks)
-        pattern = {
-            f"{name}.lora_E.{self.adapter_name}": self.of_all(name, part.tolist())
-            for name, part in zip(layers, parts, strict=True)
-        }
+        pattern, kept, at = {}, mask.tolist(), 0
+        for name, rank in zip(layers, ranks, strict=True):
+            key = f"{name}.lora_E.{self.adapter_name}"
+            pattern[key] = self.of_all(name, kept[at : at + rank])
+            at += rank
         self._pattern = (pattern, mask)
         return pattern
 
@@ -181,20 +191,19 @@ class PatchedRankAllocator(RankAllocator):
                 for path, module in model.named_modules()
                 if isinstance(module, AdaLoraLayer) and name in module.lora_A
             ]
+            groups = "lora_E", "lora_A", "lora_B"
+            self._places = [
+                (path, [layer._modules[group]._parameters for group in groups])
+                for path, layer in self._layers
+            ]
         return self._layers
 
     def triplets(self, model: nn.Module) -> dict[str, Triplets]:
-        """Return {layer: (lora_E, lora_A, lora_B)}; `_modules` is ten times faster than a dot."""
+        """Return {layer: (lora_E, lora_A, lora_B)}: what the layers' dictionaries hold now."""
         name = self.adapter_name
-        triplets = {}
-        for path, layer in self.layers_of(model):
-            groups = layer._modules
-            triplets[path] = (
-                groups["lora_E"]._parameters[name],
-                groups["lora_A"]._parameters[name],
-                groups["lora_B"]._parameters[name],
-            )
-        return triplets
+        if self._layers is None or any(name not in held[1] for _, held in self._places):
+            self.layers_of(model)
+        return {path: (E[name], A[name], B[name]) for path, (E, A, B) in self._places}
 
     def adopt_ipt(self, layers: dict[str, Triplets]) -> None:
         """Make one buffer for each EMA, with what PEFT's dictionaries hold so far."""
@@ -227,8 +236,8 @@ class PatchedRankAllocator(RankAllocator):
     def release_ipt(self) -> None:
         """Leave behind what PEFT's own update expects to find."""
         self.ipt = dict(self.exp_avg_ipt)
-        ours = ("_importance", "_layers", "_pattern", "ties", "limits", "limits_loaded", "drawn")
-        for attribute in ours:
+        ours = ("_importance", "_layers", "_places", "_pattern", "ties", "limits")
+        for attribute in (*ours, "limits_loaded", "drawn"):
             self.__dict__.pop(attribute, None)
 
 
