@@ -127,9 +127,10 @@ def record_fallback(op: str, reason: str) -> None:
     """Count one call that did not take the fast way, with the reason in words."""
     if torch.compiler.is_compiling():
         return  # counting is no part of a compiled graph
+    key = op, reason
     with _lock:
-        _fallbacks[op, reason] += 1
-        first = _fallbacks[op, reason] == 1
+        _fallbacks[key] += 1
+        first = _fallbacks[key] == 1
     if first:
         logger.info("%s falls back: %s", op, reason)
     if _listeners:

@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from peftkern.functional.arguments import IN_FLAT_PARAMETER, SHARD_OTHERWISE
 
+# Its WORLD is what `dist.is_initialized` asks for, in two calls more: small layers ask each time.
+_GROUPS = dist.GroupMember if dist.is_available() else None
 _FLAT = "_fsdp_flattened"  # attribute that FSDP1 leaves at the parameters in its flat ones
 
 
 def several() -> bool:
     """Return whether a process group of more than one process is there."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return _GROUPS is not None and _GROUPS.WORLD is not None and dist.get_world_size() > 1
 
 
 def is_sharded(tensor: Tensor) -> bool:

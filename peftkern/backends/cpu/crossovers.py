@@ -44,13 +44,11 @@ _found: dict[str, int] = {}
 
 def crossover(name: str) -> int:
     """Return a crossover in force on this machine; the ledger is read once."""
-    value = _found.get(name)
-    if value is None:
+    if name not in _found:
         if torch.compiler.is_compiling():  # a graph reads no files; `patch` has read them
             return COUNTED[name]
         _found.update(effective()[0])
-        value = _found[name]
-    return value
+    return _found[name]
 
 
 @functools.cache  # asked by every product

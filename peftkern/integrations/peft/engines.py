@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from peftkern.functional.arguments import flat_parameter_of
 from peftkern.integrations.peft.fallback import Fallback, PatchedForward, kept_forward
 from peftkern.layers.expert_stack import dense_now
-from peftkern.methods.processes import several
 
 _FSDP = "torch.distributed.fsdp"
 _OF_SHARDS = (" is DTensor", " does not fit the experts")  # of FSDP2, and of pieces of FSDP1
@@ -83,14 +82,6 @@ class Unit(NamedTuple):
             return self.part.holder[self.part.key](x)
         finally:
             restore()
-
-
-def has_ranks() -> bool:
-    """Return whether there are other processes, whose order of collectives has to be this one's.
-
-    A layer enters its units then whatever the number of rows, in which ranks may differ.
-    """
-    return not torch.compiler.is_compiling() and several()
 
 
 def units_of(parts: Sequence[Part]) -> list[Unit]:

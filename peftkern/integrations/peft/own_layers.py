@@ -101,7 +101,8 @@ class OwnLayer(Remade, PatchedForward):
         dtype, weight, bias = read
         N, K = weight.shape
         four_bit = isinstance(weight, QuantizedWeight)
-        if not four_bit and x.is_cpu and is_small(self, x, N, K):
+        small = not four_bit and x.is_cpu and is_small(self, x, N, K)
+        if small and (torch.compiler.is_compiling() or dispatch.forced_backend() is None):
             return Fallback("small dense product: torch's own operations are as fast")
         adapter = adapter_of(self, parts)
         if adapter is not None:

@@ -41,6 +41,7 @@ from peftkern.integrations.peft.fallback import (
 )
 from peftkern.layers import BlockLinear, NF4Linear
 from peftkern.layers.quantized_linear import QuantizedLinear
+from peftkern.methods.processes import several
 
 BNB_TYPES: tuple[type, ...] = ()
 if is_bnb_4bit_available():
@@ -67,6 +68,8 @@ class Adapter(NamedTuple):
         drop = self.dropout
         return drop.p if drop.training and type(drop) is nn.Dropout else 0.0
 
+
+_SMALL = Fallback("small dense product: PEFT's own operations are as fast")
 
 # x as the base takes it, its weight and its bias
 Base = tuple[Tensor, Tensor | QuantizedWeight, Tensor | None]
@@ -95,15 +98,17 @@ class PatchedLayer(PatchedForward):
             answer = tensor_parallel.answer(self, x)
             if answer is not None:
                 return answer
+        compiling = torch.compiler.is_compiling()
         if (
             type(base_layer) in DENSE_TYPES
             and not self.other_base
             and x.is_cpu
-            and is_small(self, x, self.out_features, self.in_features, bool(self.lora_variant))
-            and not (engines.has_ranks() and engines.units_of(self._parts(active_names(self))))
-        ):  # asked first: to such a product every check is a loss
-            return Fallback("small dense product: PEFT's own operations are as fast")
-        compiling = torch.compiler.is_compiling()
+            and is_small(self, x, self.out_features, self.in_features, self.lora_variant)
+            and (compiling or dispatch.forced_backend() is None)
+            # Processes, whose rows may differ, enter the units of an engine alike.
+            and (compiling or not (several() and engines.units_of(self._parts(active_names(self)))))
+        ):  # asked first: to such a product every call is a loss
+            return _SMALL
         reason = unusual_call(x, compiling)
         if reason is not None:
             return Fallback(reason)
@@ -350,20 +355,20 @@ def rows_to_pay(layer: Any, weight: Tensor, K: int, N: int, dora: bool = False) 
     return rows
 
 
-def is_small(layer: Any, x: Tensor, N: int, K: int, dora: bool = False) -> bool:
+def is_small(layer: Any, x: Tensor, N: int, K: int, dora: Any = False) -> bool:
     """Return whether a dense product on a CPU is too small to win back the cost of a call.
 
-    A back end that is forced takes it all the same.
+    Layer and rows decide alone, in few calls: to such a product each is a loss.
     """
+    values = x.numel()
     if dora:
         small = crossovers.crossover("dora") > N * K
     else:
-        small = x.numel() + x.numel() // max(K, 1) * N < crossovers.crossover("dense")
-    if small and layer.training and not has_products(autocast_dtype(x) or x.dtype, x.device):
-        small = x.numel() * N < crossovers.WITHOUT_PRODUCTS["dora" if dora else "dense"]
-    if not small:
-        return False
-    return torch.compiler.is_compiling() or dispatch.forced_backend() is None
+        small = values + (values // K if K else 0) * N < crossovers.crossover("dense")
+    if small and layer.training:
+        paid = values * N >= crossovers.WITHOUT_PRODUCTS["dora" if dora else "dense"]
+        return not paid or has_products(autocast_dtype(x) or x.dtype, x.device)
+    return small
 
 
 def is_slower(layer: Any, adapter: Adapter, base: Base) -> bool:

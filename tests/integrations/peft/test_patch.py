@@ -40,7 +40,8 @@ from peftkern.backends.cpu import module as native
 from peftkern.backends.cpu.module import cpu_isa
 from peftkern.integrations.peft import serve
 
-CALLS_OF_THE_CHECKS = 60  # Python and C functions, before every forward pass of a layer
+# Python and C functions, before every forward pass of a layer; where it is too small for a kernel
+CALLS_OF_THE_CHECKS, CALLS_OF_SMALL_LAYERS = 60, 17
 
 
 def test_patch_names_every_lora_layer():
@@ -344,6 +345,23 @@ def test_checks_per_call_are_cheap():
     called += calls_of(serve.read_state, layer, names, x.device)
     called += calls_of(serve.read_base, layer.get_base_layer(), x, False)
     assert len(called) <= CALLS_OF_THE_CHECKS, called
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_that_are_left_to_peft_cost_few_calls(training, monkeypatch):
+    """Each is a microsecond: after PEFT's own operations nothing of ours is in the caches."""
+    monkeypatch.setattr(crossovers, "crossover", lambda name: 1 << 40)
+    model = lora_net(make_linear(), lora_dropout=0.1).train(training)
+    layer, x = layer_of(model), torch.randn(1, K)
+    with torch.set_grad_enabled(training):
+        theirs = calls_of(layer, x)
+        peftkern.patch(model)
+        peftkern.reset_stats()
+        layer(x)  # the first of a reason is logged
+        ours = calls_of(layer, x)
+    assert len(ours) - len(theirs) <= CALLS_OF_SMALL_LAYERS, ours
+    (why,) = peftkern.stats().fallbacks
+    assert why == ("lora_linear", "small dense product: PEFT's own operations are as fast")
 
 
 WITHOUT_NATIVE_MODULES = """
