@@ -301,7 +301,7 @@ def _squares(panel: Tensor) -> Tensor:
 
 
 def _search(layers: list[_Layer], job: _Job, run: Run) -> None:
-    """Find the factors of layers by block Lanczos, but of those that are too small for it.
+    """Find the factors of large layers by block Lanczos, but of those that need too many blocks.
 
     Their norms come with the first product.
     """
