@@ -175,9 +175,6 @@ CUDA_ROWS = (
 _STAND_INS = {"triton": triton_interpreted, "cuda": emulated}
 
 _override: ContextVar[str | None] = ContextVar("peftkern_backend", default=None)
-_VARIABLE = "PEFTKERN_BACKEND"
-# Where os.environ looks a name up, which costs every call an encoding and an exception.
-_environment, _KEY = os.environ._data, os.environ.encodekey(_VARIABLE)
 
 
 def call(op: str, args: tuple[Any, ...]) -> Any:
@@ -313,9 +310,7 @@ def forced_backend() -> str | None:
     """
     name = _override.get()
     if name is None:
-        if _KEY not in _environment:
-            return None
-        name = os.environ.get(_VARIABLE) or None
+        name = os.environ.get("PEFTKERN_BACKEND") or None
     if name is not None and name not in _BACKENDS:
         raise ValueError(f"back end: expected one of {_BACKENDS}, got {name!r}")
     return name

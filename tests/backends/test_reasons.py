@@ -20,7 +20,15 @@ NO_REASONS = {
     *("_cpu_field", "_wrong"),
 }
 JUDGES = {"correctness.py", "error_rule.py", "grouped_correctness.py"}  # say how a result is wrong
-TARGETS = {"reason", "demoted", "skipped[]", "found[]", "UNMEASURED", "IN_FLIGHT"}  # what gets one
+TARGETS = {
+    "reason",
+    "demoted",
+    "skipped[]",
+    "found[]",
+    "NOT_SEEN",
+    "UNMEASURED",
+    "IN_FLIGHT",
+}  # what gets one
 CALLS = {  # which argument is one
     "Fallback": 0,
     "WrongPartsError": 0,

@@ -294,15 +294,15 @@ def _seen(
 
 def _tell_unreached(directions: Mapping[str, Directions]) -> None:
     """Warn once of experts that no batch runs through."""
-    found = {}
+    unreached = []
     for name, (rank, of_each, _) in directions.items():
         without = [str(expert) for expert, one in enumerate(of_each) if not len(one)]
         if rank and without:
-            found[name] = f"{name} {', '.join(without)}"
-    if found:
-        more = f" and of {len(found) - 3} more" if len(found) > 3 else ""
+            unreached.append(f"{name} {', '.join(without)}")
+    if unreached:
+        more = f" and of {len(unreached) - 3} more" if len(unreached) > 3 else ""
         warnings.warn(
-            f"eva: no batch runs through experts of {'; '.join(list(found.values())[:3])}{more}: "
+            f"eva: no batch runs through experts of {'; '.join(unreached[:3])}{more}: "
             "left at the default initialization",
             stacklevel=level_of_the_caller(),
         )
