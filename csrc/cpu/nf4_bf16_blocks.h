@@ -121,7 +121,7 @@ struct LaneTables {
 // eight high ones. Weights of other formats have no such tables.
 class ByteTables {
  public:
-  ByteTables(const NF4View& w, DType) : there_(w.byte_scales()) {
+  explicit ByteTables(const NF4View& w) : there_(w.byte_scales()) {
     if (!there_) return;
     float scales[256];
     scales_of_bytes(w, scales);

@@ -293,7 +293,7 @@ struct NF4Gemm {
     Scratch packed(pairs * steps * kPair * 4), s(args.r * wave.rows * 4);
     const Packed x{static_cast<uint32_t*>(packed.data), s.floats(), steps};
     pack<true>(x, K);
-    const typename Math::ByteTables bytes(args.w, args.dtype);
+    const typename Math::ByteTables bytes(args.w);
 
     const int64_t share = round_up(ceil_div(N, ceil_div(args.threads, wave.count)), kPairSide);
     const int64_t rows = min64(most <= kPairSide ? kPairSide : kPanelRows, share);
@@ -400,7 +400,7 @@ struct NF4Gemm {
     Scratch packed(wave.rows / kPairSide * steps * kPair * 4);
     const Packed dy{static_cast<uint32_t*>(packed.data), nullptr, steps};
     pack<false>(dy, N);
-    const typename Math::ByteTables bytes(args.w, args.dtype);
+    const typename Math::ByteTables bytes(args.w);
     const WaveAbsmax absmax(args, wave, K % 64 == 0 ? bytes.get() : nullptr);
 
     const Blocking block = blocking();

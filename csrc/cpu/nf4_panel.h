@@ -205,38 +205,10 @@ struct Float32Math {
 
   static constexpr bool kOverlaps = false;  // whether products leave room for decoding
   struct Session {};                        // nothing to set up per thread
-#if defined(__AVX512F__)
-  struct ByteTables {  // none
-    ByteTables(const NF4View&, DType) {}
+  struct ByteTables {                       // none
+    explicit ByteTables(const NF4View&) {}
     const uint8_t* get() const { return nullptr; }
   };
-#else
-  // What each byte of a scale makes of the sixteen codes: their table.
-  class ByteTables {
-   public:
-    ByteTables(const NF4View& w, DType dtype) : there_(w.byte_scales()) {
-      if (!there_) return;
-      float scales[256];
-      scales_of_bytes(w, scales);
-      const BlockTables tables(w, dtype);
-      for (int i = 0; i < 256; ++i) f32_store(tables_[i], tables.of(0, scales[i]));
-    }
-    const uint8_t* get() const {
-      return there_ ? reinterpret_cast<const uint8_t*>(tables_) : nullptr;
-    }
-
-   private:
-    alignas(64) float tables_[256][16];
-    const bool there_;
-  };
-#endif
-  static F32x16 table_of(const BlockTables& tables, const NF4View& w, const Absmax& absmax,
-                         int64_t element) {
-    const int64_t block = element >> absmax.log2;
-    if (!absmax.of_bytes) return tables.of(block, absmax.at(element));
-    const int64_t byte = static_cast<const uint8_t*>(w.absmax)[block];
-    return f32_load(reinterpret_cast<const float*>(absmax.of_bytes) + byte * 16);
-  }
 
   static void load_dwords(const void* in, DType dtype, int64_t i, int64_t n, uint32_t* out) {
     if (n <= 0) {
@@ -261,7 +233,8 @@ struct Float32Math {
     for (int64_t i = 0; i < n;) {
       if (element % 16 == 0 && n - i >= 16) {
         const int64_t stop = min64(n - 15, i + w.blocksize - ((element + i) & (w.blocksize - 1)));
-        const F32x16 table = table_of(tables, w, absmax, element + i);
+        const int64_t block = (element + i) >> absmax.log2;
+        const F32x16 table = tables.of(block, absmax.at(element + i));
         for (; i < stop; i += 16) {
           f32_store(reinterpret_cast<float*>(target(i / 16)),
                     f32_lookup(w.packed + (element + i) / 2, table, order));
