@@ -126,6 +126,7 @@ PROGRAMS = (
     "project/test_examples.py",
     "project/test_packaging.py",
     "tools/bench/test_training_step.py",
+    "tools/test_plan.py",
     "tools/test_plan_devices.py",
     "tools/test_plan_experts.py",
     "tools/test_tune.py",

@@ -70,7 +70,7 @@ REFUSED = [
     (lambda: lora_net(make_linear4bit()), {"weights": {"proj.weight": torch.ones(64, 96)}},
      r"proj: weights: expected a tensor of shape \[96, 64\], got"),
     (lambda: lora_net(make_linear()), {"lora_config": LoraConfig()}, "lora_config: expected None"),
-    (lambda: lora_net(make_linear(), lora_alpha=0), {}, "proj: scaling: expected a finite number"),
+    (lambda: lora_net(make_linear(), lora_alpha=0), {}, "proj: scaling: expected a number of 1"),
     (lambda: broken(float("nan")), {}, "proj: weight: expected finite values, got NaN or Inf"),
     (lambda: broken(float("inf")), {"method": "olora"}, "proj: weight: expected finite values"),
     (two_adapters, {}, r"model: expected one adapter, got \['default', 'other'\]"),
