@@ -50,7 +50,7 @@ PROBLEM = Problem("nf4_dequantize", 1, 4096, 64, 1, 16)
 def bench(tmp_path, monkeypatch):
     """Run specs as a bench script does; the record they leave behind, and the exit status."""
     monkeypatch.setattr(suite, "pin_threads", lambda threads: 1)
-    monkeypatch.setattr(machine, "slug", lambda facts: "device")
+    monkeypatch.setattr(folders, "slug", lambda facts: "device")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     options = ["--n", "8", "--k", "8", "--seconds", "0", "--out", str(tmp_path)]
 
