@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import load_tensors
+from checkpoint_folders import config_of, load_tensors
 from command_line import refused
 from decoded_folders import decode, dense_values, mixture_in_4_bits
 from merged_folders import (
@@ -38,10 +38,6 @@ def printed(capsys: pytest.CaptureFixture, *arguments: Any) -> dict[str, Any]:
     capsys.readouterr()
     assert run(*arguments, "--json") == 0
     return json.loads(capsys.readouterr().out)
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 def whole(folder: Path) -> dict[str, Tensor]:

@@ -54,6 +54,10 @@ MOE_FAMILIES = {
 }
 
 
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
 def save_moe(
     folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **config: Any
 ) -> PreTrainedModel:

@@ -40,6 +40,12 @@ MIXTURES = {
     "Glm4Moe": _DEEPSEEK,
     "GptOss": {"num_local_experts": 4},
 }
+_WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+# Sizes of models that blocks of 128 fit, and layers that an adapter has.
+WIDE_MODELS = {
+    "llama": (_WIDE, ["q_proj", "down_proj"]),
+    "gpt2": ({"family": "GPT2", "head": "LMHeadModel", **_WIDE}, ["c_attn", "c_proj", "c_fc"]),
+}
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 

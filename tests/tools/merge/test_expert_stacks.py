@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import contents, load_tensors
+from checkpoint_folders import config_of, contents, load_tensors
 from decoded_folders import decode, dense_values, large_experts, mixture_in_4_bits
 from merged_folders import (
     STACKS,
@@ -32,10 +31,6 @@ from peftkern.tools.checkpoints.checkpoint import CheckpointError
 
 LAYER = "model.layers.0"
 EXPERTS = [f"{LAYER}.{name}" for name in STACKS]
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 KINDS = [

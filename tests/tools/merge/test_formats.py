@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import contents, load_tensors
+from checkpoint_folders import config_of, contents, load_tensors
 from merged_folders import (
     MIXTURES,
     STACKS,
+    WIDE_MODELS,
     assert_same_tensors,
     load,
     make_mixture,
@@ -34,12 +34,6 @@ from peftkern.tools.adapters import read_adapter
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 from peftkern.tools.models import linear_layers
 
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}  # blocks of 128
-GPT2 = {"family": "GPT2", "head": "LMHeadModel", **WIDE}
-MODELS = {
-    "llama": (WIDE, ["q_proj", "down_proj"]),
-    "gpt2": (GPT2, ["c_attn", "c_proj", "c_fc"]),
-}
 QUANTIZE: dict[str, Callable[[Tensor], Any]] = {
     "nf4": lambda weight: peftkern.quantize_nf4(weight, double_quant=False),
     "fp4": lambda weight: peftkern.quantize_fp4(weight, double_quant=False),
@@ -53,10 +47,6 @@ ODD = {"hidden_size": 72, "intermediate_size": 33}  # an expert of 4752 values
 def as_linear(kind: str, weight: Tensor) -> Tensor:
     """The weight [N, K] of a layer of this model, and back."""
     return weight.T.contiguous() if kind == "gpt2" else weight
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 def survival(weight: Tensor, total: Tensor, alone: Any, stored: Any) -> float:
@@ -78,9 +68,9 @@ def assert_quantized_sums(tmp_path: Path, base: Path, adapter: Path, out: str) -
 
 
 @pytest.mark.parametrize("out", [name for name in QUANTIZE if name != "nf4"])
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", WIDE_MODELS)
 def test_output_is_that_of_quantizing_the_merged_checkpoint(tmp_path, kind, out) -> None:
-    sizes, targets = MODELS[kind]
+    sizes, targets = WIDE_MODELS[kind]
     model = make_model(**sizes)
     base = save_base(tmp_path / "base", model)
     adapter = save_adapter(tmp_path / "adapter", model, target_modules=targets)
@@ -99,10 +89,10 @@ def test_output_is_that_of_quantizing_the_merged_checkpoint(tmp_path, kind, out)
 
 
 @pytest.mark.parametrize("trained", QUANTIZE)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", WIDE_MODELS)
 def test_adapter_trained_on_the_base_in_4_bits(tmp_path: Path, kind: str, trained: str) -> None:
     """PEFT merges it into the values that the base had then."""
-    sizes, targets = MODELS[kind]
+    sizes, targets = WIDE_MODELS[kind]
     model = make_model(**sizes)
     base = save_base(tmp_path / "base", model)
     adapter = save_adapter(tmp_path / "adapter", model, target_modules=targets)
@@ -202,7 +192,7 @@ def test_layers_whose_rows_are_no_whole_blocks_stay_dense(tmp_path: Path) -> Non
 )
 def test_base_in_4_bits(tmp_path: Path, kind: str, stored: str) -> None:
     """Dense, the sums with what is decoded; else quantized again, in the format of the base."""
-    sizes, targets = MODELS[kind]
+    sizes, targets = WIDE_MODELS[kind]
     model = make_model(**sizes)
     base = save_base(tmp_path / "base", model)
     adapter = save_adapter(tmp_path / "adapter", model, target_modules=targets)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import load_tensors
+from checkpoint_folders import config_of, load_tensors
 from merged_folders import (
     assert_same_tensors,
     load,
@@ -66,10 +65,6 @@ def expected_sums(dense: dict[str, Tensor], adapter: Path) -> dict[str, Tensor]:
             bias = dense[f"{module}.bias"]
             merged[f"{module}.bias"] = (bias.float() + update.bias * update.scaling).to(bias.dtype)
     return merged
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 @pytest.mark.parametrize("double_quant", [True, False])

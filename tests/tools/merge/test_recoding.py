@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_folders import contents, load_tensors
+from checkpoint_folders import config_of, contents, load_tensors
 from decoded_folders import decode, dense_values, mixture_in_4_bits
 from merged_folders import (
+    WIDE_MODELS,
     assert_same_tensors,
     load,
     make_model,
@@ -25,16 +25,6 @@ from transformers.pytorch_utils import Conv1D
 
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 from peftkern.tools.merge.merge import Summary
-
-WIDE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}  # blocks of 128
-MODELS = {
-    "llama": (WIDE, ["q_proj", "down_proj"]),
-    "gpt2": ({"family": "GPT2", "head": "LMHeadModel", **WIDE}, ["c_attn", "c_proj"]),
-}
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text())
 
 
 def assert_quantized_sums(tmp_path: Path, stored: Path, adapter: Path, **options: Any) -> Summary:
@@ -86,13 +76,13 @@ def assert_told(summary: Summary, decoded: Path, peft: Path, written: Path) -> N
     ],
 )
 def test_layers_are_those_of_quantizing_the_dense_merge(tmp_path, kind, stored, options) -> None:
-    sizes, targets = MODELS[kind]
+    sizes, targets = WIDE_MODELS[kind]
     model = make_model(**sizes)
     base = save_base(tmp_path / "base", model)
-    adapter = save_adapter(tmp_path / "adapter", model, target_modules=targets)
+    adapter = save_adapter(tmp_path / "adapter", model, target_modules=targets[:2])
     convert(base, tmp_path / "stored", format=stored)
     summary = assert_quantized_sums(tmp_path, tmp_path / "stored", adapter, **options)
-    assert summary.others
+    assert summary.others  # layers without an adapter
     decoded = decode(tmp_path / "stored", base, tmp_path / "decoded")
     merged_by_peft(decoded, adapter, tmp_path / "peft")
     assert_told(summary, decoded, tmp_path / "peft", tmp_path / "out")
