@@ -20,6 +20,7 @@ budget at every step). Where this differs from PEFT on purpose:
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,8 @@ class PatchedRankAllocator(RankAllocator):
     drawn: DrawnMask | None = None  # the last one; another object for each
     _importance: Importance | None = None
     _layers: list[tuple[str, AdaLoraLayer]] | None = None
-    _places: list[tuple[str, list[dict[str, nn.Parameter]]]] = []  # noqa: RUF012  # of `_layers`
+    # What the triplets of `_layers` are in, asked for each time: parameters are replaced.
+    _places: Sequence[tuple[str, list[dict[str, nn.Parameter]]]] = ()
     _pattern: tuple[Any, Tensor] | None = None  # rank_pattern, and the same as a tensor
     rows: dict[str, list[bool]] | None = None  # of init_r triplets those that were not dropped
 
@@ -200,9 +202,8 @@ class PatchedRankAllocator(RankAllocator):
 
     def triplets(self, model: nn.Module) -> dict[str, Triplets]:
         """Return {layer: (lora_E, lora_A, lora_B)}: what the layers' dictionaries hold now."""
+        self.layers_of(model)
         name = self.adapter_name
-        if self._layers is None or any(name not in held[1] for _, held in self._places):
-            self.layers_of(model)
         return {path: (E[name], A[name], B[name]) for path, (E, A, B) in self._places}
 
     def adopt_ipt(self, layers: dict[str, Triplets]) -> None:
