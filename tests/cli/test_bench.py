@@ -245,8 +245,11 @@ def test_workers_die_with_a_killed_parent(tmp_path):
 
 
 def below(process: int | str) -> list[str]:
-    """The children of a process, and theirs."""
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    """The children of a process, and theirs; none where it ended in the meantime."""
+    try:
+        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
     return [*children, *(other for one in children for other in below(one))]
 
 
