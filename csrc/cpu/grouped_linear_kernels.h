@@ -6,8 +6,9 @@
 // one chunk: it turns a block of the weight into lanes tiles in cache, multiplies, and goes on
 // along the reduction; the ranks of s b are a few more steps of that product, so that the update
 // costs no pass of its own and y is rounded once. Where a chunk has few rows, rows of the weight
-// are multiplied as they stream by, without tiles of their own. Nobody writes what another task
-// writes and every sum has one fixed order: results do not depend on the number of threads.
+// and of the factors are multiplied as they stream by, without tiles of their own. Nobody writes
+// what another task writes and every sum has one fixed order: results do not depend on the number
+// of threads.
 #pragma once
 
 #include "grouped_tiles.h"
@@ -36,6 +37,8 @@ struct Linear {
     }
   };
 
+  // Rows of a chunk up to which a product with a factor takes less time than making tiles of it.
+  static constexpr int64_t kBareRows = 4;
   static constexpr int64_t kDotBlock = 1024;  // of the reduction: sums of it start at zero
 
   static constexpr int64_t kWidest = 256;
@@ -122,13 +125,100 @@ struct Linear {
     }
   }
 
+  // Whether a chunk has so few rows that its factors are multiplied as they are, without tiles.
+  static bool bare_factors(const GroupedChunk& chunk) { return chunk.count <= kBareRows; }
+
+  // s of sixteen ranks for a chunk of few rows. Ranks that lie in rows are read one row at a time,
+  // as memory is fast where it is read in order; others go by as blocks of sixteen columns.
+  void shrink_few(const GroupedChunk& chunk, int64_t rank0, float* scratch) const {
+    float* block = scratch + kBareRows * kTile;
+    const FactorStack& a = args.a;
+    const int ranks = static_cast<int>(min64(16, args.r - rank0));
+    std::memset(scratch, 0, static_cast<size_t>(chunk.count * kTile) * 4);
+    if (a.strides.column == 1) {
+      const int64_t group = a.collected ? chunk.place : chunk.group;
+      for (int64_t i = 0; i < ranks; ++i) {
+        const int64_t at = group * a.strides.group + (rank0 + i) * a.strides.rank;
+        for (int64_t m = 0; m < chunk.count; ++m) {
+          f32_store(scratch + m * kTile + 16 * i, dot_row(a, at, source(chunk.begin + m)));
+        }
+      }
+    } else {
+      for (int64_t k = 0; k < args.K; k += 16) {
+        fetch_block(a, chunk, rank0, k, args.r, args.K, block);
+        const int n = static_cast<int>(min64(16, args.K - k));
+        for (int64_t m = 0; m < chunk.count; ++m) {
+          const F32x16 x = load_any(args.x, args.dtype, source(chunk.begin + m) + k, n);
+          float* sums = scratch + m * kTile;
+          for (int64_t i = 0; i < kTile; i += 16) {
+            f32_store(sums + i, f32_fma(x, f32_load(block + i), f32_load(sums + i)));
+          }
+        }
+      }
+    }
+    for (int64_t m = 0; m < chunk.count; ++m) {
+      transpose_tile(reinterpret_cast<const uint32_t*>(scratch + m * kTile), 16,
+                     reinterpret_cast<uint32_t*>(block));
+      F32x16 sum = f32_load(block);
+      for (int64_t i = 16; i < kTile; i += 16) sum = f32_add(sum, f32_load(block + i));
+      float* out = args.s + (chunk.begin + m) * args.r + rank0;
+      f32_store_n(out, f32_mul(sum, f32_set1(args.s_scale)), ranks);
+    }
+  }
+
+  // Sixteen sums that add up to the product of a row of a, from an element on, and one of x.
+  F32x16 dot_row(const FactorStack& a, int64_t at, int64_t x) const {
+    const int64_t size = size_of(a.dtype);
+    const char* next = static_cast<const char*>(a.data) + (at + a.strides.rank) * size;
+    for (int64_t i = 0; i < args.K * size; i += 64) __builtin_prefetch(next + i, 0, 2);
+    F32x16 sums[2] = {f32_zero(), f32_zero()};
+    int64_t k = 0;
+    for (; k + 32 <= args.K; k += 32) {
+      for (int64_t i = 0; i < 2; ++i) {
+        const F32x16 values = load_any(args.x, args.dtype, x + k + 16 * i, 16);
+        sums[i] = f32_fma(values, load_any(a.data, a.dtype, at + k + 16 * i, 16), sums[i]);
+      }
+    }
+    for (; k < args.K; k += 16) {
+      const int n = static_cast<int>(min64(16, args.K - k));
+      const F32x16 values = load_any(args.x, args.dtype, x + k, n);
+      sums[0] = f32_fma(values, load_any(a.data, a.dtype, at + k, n), sums[0]);
+    }
+    return f32_add(sums[0], sums[1]);
+  }
+
+  // Adds the ranks of b, times s, to a strip's sums of few rows.
+  void expand_few(const GroupedChunk& chunk, int64_t n0, int64_t columns, float* block,
+                  float* sums) const {
+    for (int64_t rank = 0; rank < args.r; rank += 16) {
+      const int64_t ranks = min64(16, args.r - rank);
+      for (int64_t j = 0; j < columns; j += kSide) {
+        fetch_block(args.b, chunk, rank, n0 + j, args.r, args.N, block);
+        float* sum = quadrant(sums + j / kPairSide * kProduct, 0, j % kPairSide);
+        for (int64_t m = 0; m < chunk.count; ++m, sum += 16) {
+          const float* s = args.s + (chunk.begin + m) * args.r + rank;
+          F32x16 acc = f32_load(sum);
+          for (int64_t i = 0; i < ranks; ++i) {
+            acc = f32_fma(f32_set1(args.scaling * s[i]), f32_load(block + 16 * i), acc);
+          }
+          f32_store(sum, acc);
+        }
+      }
+    }
+  }
+
   // Rows [first, first + count) of a chunk: x, and s from it.
   void prepare(const Packed& p, const GroupedChunk& chunk, int64_t first, int64_t count,
                float* scratch) const {
+    if (bare_factors(chunk)) {
+      for (int64_t rank = 0; rank < args.r; rank += 16) shrink_few(chunk, rank, scratch);
+      if (!args.weight) return;
+    }
     for (int64_t m = 0; m < count; m += kSide) {
       pack_rows(chunk.begin + first + m, min64(kSide, count - m),
                 p.x_at(chunk.slot + (first + m) / kSide), p.steps);
     }
+    if (bare_factors(chunk)) return;
     for (int64_t rank = 0; rank < args.r; rank += 16) {
       shrink(p, chunk, first, count, rank, scratch);
     }
@@ -362,6 +452,11 @@ struct Linear {
     float* sums = scratch + kLanes;
     bool first = !args.weight || args.K == 0;
     if (!first) multiply_weight(p, chunk, n0, columns, shape, lanes, sums);
+    if (bare_factors(chunk)) {
+      if (first) std::memset(sums, 0, static_cast<size_t>(sums_of(chunk, pairs)) * 4);
+      expand_few(chunk, n0, columns, scratch, sums);
+      return finish_strip(chunk, n0, columns, sums);
+    }
     for (int64_t rank = 0; rank < args.r; rank += 16) {
       load_ranks(chunk, n0, columns, rank, lanes, kRanks);
       multiply_strip(chunk, p.s_at(chunk.slot) + rank / 16 * kRanks, p.rank_steps * kPair, lanes,
@@ -369,6 +464,11 @@ struct Linear {
       first = false;
     }
     if (first) std::memset(sums, 0, static_cast<size_t>(sums_of(chunk, pairs)) * 4);
+    finish_strip(chunk, n0, columns, sums);
+  }
+
+  void finish_strip(const GroupedChunk& chunk, int64_t n0, int64_t columns, float* sums) const {
+    const int64_t pairs = ceil_div(columns, kPairSide);
     for (int64_t m = 0; m < chunk.count; m += kSide) {
       for (int64_t j = 0; j < columns; j += kPairSide) {
         float* product = sums + (m / kPairSide * pairs + j / kPairSide) * kProduct;
