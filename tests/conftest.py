@@ -127,8 +127,10 @@ PROGRAMS = (
     "project/test_packaging.py",
     "tools/bench/test_training_step.py",
     "tools/test_plan.py",
+    "tools/test_plan_compaction.py",
     "tools/test_plan_devices.py",
     "tools/test_plan_experts.py",
+    "tools/test_plan_formats.py",
     "tools/test_tune.py",
 )
 _ISAS = cpu.cpu_isas() or ["no native library"]
