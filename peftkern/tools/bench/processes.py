@@ -233,20 +233,20 @@ def receive_all(
 ) -> tuple[dict[str, dict], dict[str, WorkerError]]:
     """Wait for an answer of each; return the answers, and the errors of those without one.
 
-    After `patience` seconds those still busy are stopped if most have answered and OURS is among
-    them: then they are slow, not the machine, and there is something to measure. At the deadline
+    When most have answered, OURS among them, those still busy are stopped after `patience` more
+    seconds: then they are slow, not the machine, and there is something to measure. At the deadline
     they are stopped in any case.
     """
     answers: dict[str, dict] = {}
     errors: dict[str, WorkerError] = {}
-    began = time.monotonic()
+    began, end = time.monotonic(), deadline
     with selectors.DefaultSelector() as selector:
         for name, process in processes.items():
             selector.register(process.popen.stdout, selectors.EVENT_READ, name)
         while waiting := len(processes) - len(answers) - len(errors):
             ours = OURS not in processes or OURS in answers or OURS in errors
-            most = ours and 2 * waiting < len(processes)
-            end = min(deadline, began + patience) if most else deadline
+            if end == deadline and ours and 2 * waiting < len(processes):
+                end = min(deadline, time.monotonic() + patience)
             left = end - time.monotonic()
             events = selector.select(max(0.0, left))
             if not events and left <= 0:
