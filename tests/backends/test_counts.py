@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import logging
+import sys
 import threading
 
 import pytest
@@ -84,18 +85,35 @@ def test_a_function_may_fall_back_count_and_leave(falls_back):
     assert len(told) == 1
 
 
-def test_threads_tell_once():
-    told = []
-    with peftkern.on_fallback(lambda *pair: told.append(pair)):
-        threads = [
-            threading.Thread(target=lambda: [counts.record_fallback("op", "why")] * 50)
-            for _ in range(4)
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+def test_threads_tell_once_and_lose_no_count():
+    """Whoever reads in the meantime; threads take turns as often as they can."""
+    told, times, begin = [], 2000, threading.Barrier(4)
+    before = counts.recorded()
+
+    def count():
+        begin.wait()
+        for _ in range(times):
+            counts.record_fallback("op", "why")
+            counts.record_call("op", "cpu")
+            peftkern.stats()
+
+    peftkern.reset_stats()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with peftkern.on_fallback(lambda *pair: told.append(pair)):
+            threads = [threading.Thread(target=count) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
     assert told == [("op", "why")]
+    found = peftkern.stats()
+    assert found.fallbacks == {("op", "why"): 4 * times}
+    assert found.calls == {("op", "cpu"): 4 * times}
+    assert counts.recorded() == before + 8 * times
 
 
 @pytest.mark.parametrize("wrong", [None, "print", {}])

@@ -62,11 +62,11 @@ class PatchedBase(PatchedForward):
         forget(self.weight)  # its memory is replaced: by `to`, `cuda`, `half` and the like
         return super()._apply(fn, recurse)
 
-    def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+    def _fused(self, x: Tensor, args: tuple, kwargs: dict, compiling: bool) -> Tensor | Fallback:
         # Of arguments it takes x alone; under a layer that PEFT answers it is PEFT's.
         if args or kwargs or trial.peer_answers() or not dispatch.runs_on_cpu(x):
             return self.original.forward(self, x, *args, **kwargs)
-        reason = unusual_call(x, torch.compiler.is_compiling())
+        reason = unusual_call(x, compiling)
         read = read_base(self, x) if reason is None else Fallback(reason)
         if isinstance(read, Fallback):
             return read

@@ -138,8 +138,8 @@ class PatchedParamWrapper(PatchedForward, InnerParamWrapper):
 
     original, op = lora.ParamWrapper, "lora_experts"
 
-    def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
-        reason = unusual_call(x, torch.compiler.is_compiling())
+    def _fused(self, x: Tensor, args: tuple, kwargs: dict, compiling: bool) -> Tensor | Fallback:
+        reason = unusual_call(x, compiling)
         if reason is not None:
             return Fallback(reason)
         stack = read_stack(self, x.device)

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from peftkern.backends import dispatch
+from peftkern.backends.counts import record_eager_fallback
 from peftkern.formats.nf4 import ArgumentError, TruncatedWeightError
 
 # What is called around every module of the process, those that an op stands for among them.
@@ -67,10 +68,12 @@ class PatchedForward:
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not isinstance(self, PatchedForward):  # a hook has kept this method over `unpatch`
             return type(self).forward(self, x, *args, **kwargs)
-        result = self._fused(x, args, kwargs)
+        compiling = torch.compiler.is_compiling()
+        result = self._fused(x, args, kwargs, compiling)
         if type(result) is not Fallback:
             return result
-        dispatch.record_fallback(self.op, result.reason)
+        if not compiling:
+            record_eager_fallback(self.op, result.reason)
         if result.answer is not None:
             return result.answer(self, x, *args, **kwargs)
         return self.peer_forward(x, *args, **kwargs)
@@ -79,8 +82,11 @@ class PatchedForward:
         """Compute what the original class does."""
         return self.original.forward(self, x, *args, **kwargs)
 
-    def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
-        """Return the output of our ops, or the reason against them with nothing changed."""
+    def _fused(self, x: Tensor, args: tuple, kwargs: dict, compiling: bool) -> Tensor | Fallback:
+        """Return the output of our ops, or the reason against them with nothing changed.
+
+        Args: compiling, whether a graph is traced.
+        """
         raise NotImplementedError
 
     def outlook(self) -> Outlook:

@@ -88,9 +88,9 @@ class OwnLayer(Remade, PatchedForward):
         dispatch.record_fallback(self.op, "input is given by its name")
         return self.original.forward(self, **kwargs)
 
-    def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+    def _fused(self, x: Tensor, args: tuple, kwargs: dict, compiling: bool) -> Tensor | Fallback:
         reason = extra_arguments(args, kwargs) if args or kwargs else None
-        reason = reason or unusual_call(x, torch.compiler.is_compiling())
+        reason = reason or unusual_call(x, compiling)
         parts = Fallback(reason) if reason is not None else parts_of(self, x.device)
         if isinstance(parts, Fallback):
             return parts
@@ -102,7 +102,7 @@ class OwnLayer(Remade, PatchedForward):
         N, K = weight.shape
         four_bit = isinstance(weight, QuantizedWeight)
         small = not four_bit and x.is_cpu and is_small(self, x, N, K)
-        if small and (torch.compiler.is_compiling() or dispatch.forced_backend() is None):
+        if small and (compiling or dispatch.forced_backend() is None):
             return Fallback("small dense product: torch's own operations are as fast")
         adapter = adapter_of(self, parts)
         if adapter is not None:

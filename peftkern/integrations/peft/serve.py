@@ -85,7 +85,7 @@ class PatchedLayer(PatchedForward):
     four_bit = False  # whether `original` is PEFT's class for a base of bitsandbytes
     other_base = False  # whether it is one for a base of another library
 
-    def _fused(self, x: Tensor, args: tuple, kwargs: dict) -> Tensor | Fallback:
+    def _fused(self, x: Tensor, args: tuple, kwargs: dict, compiling: bool) -> Tensor | Fallback:
         """Return the layer's output, or the reason for PEFT's forward.
 
         Raises: TruncatedWeightError, where bitsandbytes would read on.
@@ -98,7 +98,6 @@ class PatchedLayer(PatchedForward):
             answer = tensor_parallel.answer(self, x)
             if answer is not None:
                 return answer
-        compiling = torch.compiler.is_compiling()
         if (
             type(base_layer) in DENSE_TYPES
             and not self.other_base

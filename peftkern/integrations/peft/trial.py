@@ -388,7 +388,7 @@ def _rehearse(layer: Any, x: Tensor, beside: Beside) -> None:
 
 def _ours(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     with only(_ours_only):
-        result = layer._fused(x, args, kwargs)
+        result = layer._fused(x, args, kwargs, compiling=False)
     if isinstance(result, Fallback):
         raise _Refused(result.reason)
     return result

@@ -44,6 +44,11 @@ def test_small_dense_product(monkeypatch):
     assert [told(model, torch.randn(rows + more, K))[0] for more in (0, 1)] == [0, 1]
     with peftkern.use_backend("cpu"):
         assert told(model, torch.randn(3, K))[0] == 1
+    for forced, ours in (("cpu", 1), ("", 0)):  # whenever it is set, between two calls
+        monkeypatch.setenv("PEFTKERN_BACKEND", forced)
+        assert told(model, torch.randn(3, K))[0] == ours
+    monkeypatch.delenv("PEFTKERN_BACKEND")
+    assert told(model, torch.randn(3, K))[0] == 0
 
 
 @pytest.mark.parametrize("make", MAKERS)

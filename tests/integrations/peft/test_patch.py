@@ -41,7 +41,7 @@ from peftkern.backends.cpu.module import cpu_isa
 from peftkern.integrations.peft import serve
 
 # Python and C functions, before every forward pass of a layer; where it is too small for a kernel
-CALLS_OF_THE_CHECKS, CALLS_OF_SMALL_LAYERS = 60, 22
+CALLS_OF_THE_CHECKS, CALLS_OF_SMALL_LAYERS = 60, 14
 
 
 def test_patch_names_every_lora_layer():
