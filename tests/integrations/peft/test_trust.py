@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import signal
 from pathlib import Path
 
 import pytest
+import read_only
 import torch
 import untrusted
 from adalora_models import quantize_4bit_
@@ -21,6 +23,7 @@ from peft_models import (
     text_batch,
     tiny_llama,
 )
+from processes import run_code
 from untrusted import Child
 from waiting import wait_until
 
@@ -108,6 +111,50 @@ def test_training_without_a_folder_to_write_to(expected: list[float]) -> None:
     run = Child(nowhere, "none", HOME="/dev/null").report()
     assert run["losses"] == pytest.approx(expected, rel=1e-5)
     assert run["sides"] and not run["demoted"] and not run["warned"]
+
+
+READ_ONLY = """
+import sys
+import read_only
+read_only.refuse_writes(sys.argv[1], "/dev")  # before anything is imported
+import json, pathlib
+for folder in (*sys.argv[2:], pathlib.Path.cwd()):
+    try:
+        (pathlib.Path(folder) / "new").touch()
+    except PermissionError:
+        continue
+    raise AssertionError(f"{folder} can be written")
+import untrusted
+from peftkern.backends import contest
+contest.SLOWER = float("inf")
+print(json.dumps(untrusted.report(lambda: untrusted.steps(6))))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not read_only.available(), reason="needs Landlock, of Linux 5.13")
+def test_training_where_everything_is_read_only(tmp_path: Path, expected: list[float]) -> None:
+    """Home, caches and the package, from the first import on.
+
+    Without a temporary folder, where inductor has its own, PEFT cannot be imported.
+    """
+    temporary, home = tmp_path / "temporary", tmp_path / "home"
+    temporary.mkdir()
+    home.mkdir()
+    caches = ("XDG_CACHE_HOME", "TRITON_CACHE_DIR")
+    said = run_code(
+        READ_ONLY,
+        temporary,
+        home,
+        Path(peftkern.__file__).parent,
+        **{name: str(home / name) for name in caches},
+        **{"HOME": str(home), "TMPDIR": str(temporary)},
+        **{"PEFTKERN_CACHE": "", "PEFTKERN_TRUST": "auto"},
+    )
+    run = json.loads(said.splitlines()[-1])
+    assert run["losses"] == pytest.approx(expected, rel=1e-5)
+    assert set(run["sides"].values()) == {trust.OURS} and run["calls"]
+    assert not run["demoted"] and not run["warned"] and not list(home.iterdir())
 
 
 def test_two_clocks_have_to_agree(monkeypatch: pytest.MonkeyPatch) -> None:
