@@ -20,6 +20,7 @@
 #include "peftkern/nf4_lora_linear.h"
 #include "peftkern/parallel.h"
 #include "peftkern/rosa.h"
+#include "peftkern/route.h"
 #include "peftkern/swiglu.h"
 
 namespace py = pybind11;
@@ -340,6 +341,22 @@ PYBIND11_MODULE(_cpu, m) {
     args.threads = threads;
     py::gil_scoped_release release;
     grouped_collect(args);
+  });
+  m.def("route", [](int64_t T, int64_t top, int64_t E, uintptr_t index, bool wide,
+                    uintptr_t weights, int64_t itemsize, uintptr_t rows, uintptr_t offsets,
+                    uintptr_t inverse, uintptr_t row_weights) {
+    RouteArgs args;
+    args.T = T, args.top = top, args.E = E;
+    args.index = pointer<const void>(index);
+    args.wide = wide;
+    args.weights = pointer<const void>(weights);
+    args.itemsize = itemsize;
+    args.rows = pointer<int32_t>(rows);
+    args.offsets = pointer<int32_t>(offsets);
+    args.inverse = pointer<int64_t>(inverse);
+    args.row_weights = pointer<void>(row_weights);
+    py::gil_scoped_release release;
+    return route(args);
   });
   m.def("swiglu_forward", [](int isa, int threads, int64_t R, int64_t I, uintptr_t u, int dtype,
                              uintptr_t w, uintptr_t a) {

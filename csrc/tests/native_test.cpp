@@ -28,6 +28,7 @@ void check_grouped_linear(Isa isa);      // grouped_linear_test.cpp
 void check_nf4_grouped_linear(Isa isa);  // nf4_grouped_linear_test.cpp
 void check_swiglu(Isa isa);              // swiglu_test.cpp
 void check_gram_product(Isa isa);        // gram_product_test.cpp
+void check_route();                      // route_test.cpp
 
 namespace {
 
@@ -460,6 +461,7 @@ void check_malformed_arguments(Isa isa) {
 
 int main() {
   check_quantize_absmax();
+  check_route();
   for (int i = 0; i < kIsaCount; ++i) {
     if (!isa_available(Isa{i})) continue;
     const Isa isa{i};

@@ -54,6 +54,7 @@ _TABLE = {
     "lora_linear_backward": ("lora_linear", "triton cpu torch"),
     "nf4_lora_linear_forward": ("nf4_lora_linear", "triton cuda cpu torch"),
     "nf4_lora_linear_backward": ("nf4_lora_linear", "triton cpu torch"),
+    "route": ("route", "cpu"),
     "grouped_linear_forward": ("grouped_linear", "triton cpu torch"),
     "grouped_linear_backward": ("grouped_linear", "triton cpu torch"),
     "nf4_grouped_linear_forward": ("grouped_linear", "triton cpu torch"),

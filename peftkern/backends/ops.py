@@ -147,6 +147,18 @@ def _(
     return _fake_backward(dy, layout[3:], lora_A, lora_B, needs)
 
 
+@_fake("route")
+def _(top_k_index: Tensor, top_k_weights: Tensor | None, num_experts: int) -> tuple[Tensor, ...]:
+    pairs = top_k_index.numel()
+    rows = top_k_index.new_empty(pairs, dtype=torch.int32)
+    weights = top_k_index.new_empty(0) if top_k_weights is None else top_k_weights
+    return (
+        *(rows, rows.new_empty(num_experts)),
+        top_k_index.new_empty(top_k_index.shape, dtype=torch.int64),
+        weights.new_empty(weights.numel()),
+    )
+
+
 @_fake("grouped_linear_forward")
 def _(
     x: Tensor,

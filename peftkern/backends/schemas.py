@@ -32,6 +32,8 @@ SCHEMAS = {
     "nf4_lora_linear_backward": f"(Tensor dy, Tensor? x, Tensor? S, {_W}, "
     "Tensor? lora_A, Tensor? lora_B, float scaling, Tensor? keep, float dropout_p, "
     "bool[4] needs) -> (Tensor dx, Tensor dA, Tensor dB, Tensor dbias)",
+    "route": "(Tensor top_k_index, Tensor? top_k_weights, int num_experts) "
+    "-> (Tensor rows, Tensor offsets, Tensor inverse, Tensor row_weights)",
     "grouped_linear_forward": "(Tensor x, Tensor? rows, Tensor offsets, Tensor? weight, "
     "bool transposed, Tensor? lora_A, Tensor? lora_B, Tensor? bias, float scaling) "
     "-> (Tensor y, Tensor S)",

@@ -53,6 +53,13 @@ def route(top_k_index: Tensor, num_experts: int) -> Routing:
         asserts it.
     Gradients: none.
     """
+    return route_weights(top_k_index, None, num_experts)[0]
+
+
+def route_weights(
+    top_k_index: Tensor, top_k_weights: Tensor | None, num_experts: int
+) -> tuple[Routing, Tensor]:
+    """Sort as `route` does, and the weights [T, top] of the pairs: returns these by row."""
     if not isinstance(top_k_index, Tensor) or top_k_index.dim() != 2:
         raise mismatch("top_k_index", "[T, top]", top_k_index)
     if top_k_index.dtype not in _INDICES:
@@ -60,23 +67,18 @@ def route(top_k_index: Tensor, num_experts: int) -> Routing:
     E = int(num_experts)
     if num_experts != E or E < 1:
         raise mismatch("num_experts", "a positive integer", num_experts)
-    ids, order = top_k_index.reshape(-1).sort(stable=True)
-    if len(ids):
-        _check_first(ids[0])
-    ends = torch.arange(E, dtype=ids.dtype, device=ids.device)
-    offsets = torch.searchsorted(ids, ends, right=True, out_int32=True)
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    rows = order.div(max(1, top_k_index.shape[1]), rounding_mode="floor").int()
-    return Routing(rows, offsets, inverse.view(top_k_index.shape))
+    args = top_k_index, top_k_weights, E
+    *routing, row_weights = (
+        ops.run("route", *args) if _sorts(top_k_index) else reference.route(*args)
+    )
+    return Routing(*routing), row_weights
 
 
-def _check_first(smallest: Tensor) -> None:
-    """Check the smallest id; a GPU is not waited for."""
-    if torch.compiler.is_compiling() or not smallest.is_cpu:
-        torch._assert_async(smallest >= 0, "top_k_index: expected ids of experts, got a negative")
-    elif smallest < 0:
-        raise ArgumentError(f"top_k_index: expected ids from 0 on, got {int(smallest)}")
+def _sorts(index: Tensor) -> bool:
+    """Return whether the op sorts; in graphs torch's own operations do, and on GPUs."""
+    if torch.compiler.is_compiling() or not index.is_cpu:
+        return False
+    return forced_backend() in (None, "cpu", "reference")
 
 
 def grouped_lora_linear(

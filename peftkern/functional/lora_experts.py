@@ -35,7 +35,7 @@ from peftkern.functional.grouped_linear import (
     backward_op,
     checked,
     forward_op,
-    route,
+    route_weights,
     stored_as,
 )
 
@@ -102,7 +102,7 @@ def lora_experts(
     check_tensor("top_k_weights", top_k_weights)
     if top_k_weights.shape != top_k_index.shape or len(top_k_weights) != len(hidden):
         raise mismatch("top_k_weights", f"[{len(hidden)}, top] like top_k_index", top_k_weights)
-    routing = route(top_k_index, up.weight.shape[0])
+    routing, w = route_weights(top_k_index, top_k_weights.detach(), up.weight.shape[0])
     rows, offsets, _ = routing
     x, A1, B1, b1, s1 = checked(hidden, rows, offsets, *up[:3], up.bias, up.scaling, transposed)
     middle = x.new_empty(0, down.weight.shape[1 if transposed else 2])
@@ -128,26 +128,30 @@ def lora_experts(
     added = None if b2 is None else _routed_bias(top_k_index, top_k_weights, b2)
     weights = (*up_tensors, *down_tensors)
     if not any(needs) and (added is None or not added.requires_grad):
-        y = _forward(*args, added, routing, options, weights)[0]
+        y = _forward(*args, added, w, routing, options, weights)[0]
     elif torch.compiler.is_compiling():  # no graph holds a gate that is differentiated in a node
         y = _as_nodes(*args, added, routing, options, weights)
     else:
-        y = LoraExperts.apply(*args, added, *routing, options, *weights)
+        y = LoraExperts.apply(*args, added, w, *routing, options, *weights)
     return y.to(hidden.dtype)
 
 
 class LoraExperts(torch.autograd.Function):
-    """Experts routed, run and combined; `added` [T, K] goes into each token's sum."""
+    """Experts routed, run and combined; `added` [T, K] goes into each token's sum.
+
+    w [R] are the routing weights by row, through which no gradient flows.
+    """
 
     @staticmethod
     def forward(
-        ctx, x, weights, A1, B1, b1, A2, B2, added, rows, offsets, inverse, options, *tensors
+        ctx, x, weights, A1, B1, b1, A2, B2, added, w, rows, offsets, inverse, options, *tensors
     ):
-        args = (x, weights, A1, B1, b1, A2, B2, added, (rows, offsets, inverse), options, tensors)
+        routing = (rows, offsets, inverse)
+        args = (x, weights, A1, B1, b1, A2, B2, added, w, routing, options, tensors)
         left: tuple[list[Tensor], list[Tensor]] = ([], [])
         y, u, S1, S2 = _forward(*args, left)
         _, need_A1, need_B1, _ = options.up[2]
-        read = (x if need_A1 else None, weights, A1, B1, b1, A2, B2, rows, offsets, inverse)
+        read = (x if need_A1 else None, weights, A1, B1, b1, A2, B2, w, *routing)
         made = (u, S1 if need_B1 else None, S2 if options.down[2][2] else None)
         kept = (one[0] if one else None for one in left)
         save_for_backward(ctx, (*read, *made, *kept), tensors)
@@ -176,6 +180,7 @@ def _forward(
     A2: Tensor | None,
     B2: Tensor | None,
     added: Tensor | None,
+    w: Tensor,
     routing: tuple[Tensor, Tensor, Tensor],
     options: _Options,
     tensors: tuple[Tensor, ...],
@@ -184,7 +189,7 @@ def _forward(
     """Compute y, and what backward reads: u, the two S and what the ops left."""
     (rows, offsets, inverse), n = routing, options.tensors
     u, S1 = forward_op(x, rows, offsets, tensors[:n], options.up, A1, B1, b1, left[0])
-    a = _weighted(u, _by_row(weights, inverse), options)
+    a = _weighted(u, w, options)
     y, S2 = forward_op(a, None, offsets, tensors[n:], options.down, A2, B2, None, left[1])
     return _combine(y, inverse, added), u, S1, S2
 
@@ -203,11 +208,10 @@ def _weighted(u: Tensor, w: Tensor, options: _Options) -> Tensor:
 
 def _gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
     """Compute the gradients of x, the routing weights, A1, B1, b1, A2 and B2."""
-    x, weights, A1, B1, _, A2, B2, rows, offsets, inverse, u, S1, S2, *others = saved
+    x, weights, A1, B1, _, A2, B2, w, rows, offsets, inverse, u, S1, S2, *others = saved
     (up_left, down_left), tensors = ([] if t is None else [t] for t in others[:2]), others[2:]
     gate, _, up, down, n, _ = ctx.options
     need_x, need_weights = ctx.needs_input_grad[:2]
-    w = _by_row(weights, inverse)
     weighted = _weighted(u, w, ctx.options) if down[2][1] else None
     args = (dy.index_select(0, rows), offsets, weighted, None, S2, tensors[n:], down, A2, B2)
     da, dA2, dB2, _ = backward_op(*args, down_left)
@@ -253,7 +257,7 @@ def _gate_gradients(
 def _differentiable_gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> list[Tensor | None]:
     """Compute the same so that autograd differentiates them once more."""
     x, *differentiable = saved[:7]
-    routing = saved[7:10]
+    routing = saved[8:11]
     if x is None:
         raise RuntimeError(
             "up.lora_A: expected one that requires a gradient for second derivatives "
@@ -261,7 +265,7 @@ def _differentiable_gradients(ctx: Any, saved: tuple[Any, ...], dy: Tensor) -> l
         )
 
     def experts(*args):
-        return _as_nodes(*args, None, routing, ctx.options, saved[15:])
+        return _as_nodes(*args, None, routing, ctx.options, saved[16:])
 
     return partial_gradients(experts, (x, *differentiable), ctx.needs_input_grad[:7], dy)
 

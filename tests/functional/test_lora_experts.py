@@ -176,7 +176,7 @@ def test_saved_for_backward():
     made = sum(t.nbytes for at, t in kept.items() if at not in own)
     pairs = T * TOP
     expected = pairs * 2 * INNER * 2 + 2 * pairs * R * 4  # u in bfloat16, S in float32
-    assert made <= expected + pairs * (4 + 8) + 4 * E  # rows and inverse, offsets
+    assert made <= expected + pairs * (4 + 8 + 4) + 4 * E  # rows, inverse, a weight each; offsets
 
 
 def test_float32_experts_under_autocast():

@@ -106,7 +106,9 @@ def grouped_op_cases() -> dict[str, list[tuple]]:
     dy, S, every = torch.randn(9, N).to(dtype), torch.randn(9, R), [True] * 4
     dx_alone = [True, False, False, False]
     few = ends.clamp(max=5)
+    index = torch.randint(E + 1, (9, 2))  # E: of no group
     return {
+        "route": [(index, None, E), (index.int(), torch.rand(9, 2).to(dtype), E)],
         "grouped_linear_forward": [
             (x, rows, ends, weight, False, A, B, bias, 2.0),
             (x, None, few, weight.mT.contiguous(), True, None, None, None, 1.0),

@@ -70,11 +70,7 @@ class Groups(NamedTuple):
     T: int  # rows of the activation
     offsets: Tensor  # int32 [E]
     rows: Tensor | None  # int32 [R]
-
-    def fields(self) -> tuple[int, ...]:
-        offsets = address("offsets", self.offsets, torch.int32, self.E)
-        rows = optional("rows", self.rows, torch.int32, self.R)
-        return self.R, self.E, self.T, offsets, rows
+    fields: tuple[int, ...]  # R, E, T and the addresses of both
 
 
 class Factors(NamedTuple):
@@ -91,10 +87,12 @@ class Factors(NamedTuple):
 
 def groups_of(x: Tensor, offsets: Tensor, rows: Tensor | None) -> Groups:
     """Describe the groups of x [T, K], read through `rows` or as it is."""
-    T = x.shape[0]
+    T, E = x.shape[0], offsets.shape[0]
     R = T if rows is None else rows.shape[0]
-    rows = None if rows is None else rows.contiguous()
-    return Groups(R, offsets.shape[0], T, offsets.contiguous(), rows)
+    rows, offsets = None if rows is None else rows.contiguous(), offsets.contiguous()
+    offsets_at = address("offsets", offsets, torch.int32, E)
+    rows_at = optional("rows", rows, torch.int32, R)
+    return Groups(R, E, T, offsets, rows, (R, E, T, offsets_at, rows_at))
 
 
 def grouped_linear_forward(
@@ -284,7 +282,7 @@ def _linear(
     weight, transposed = _rows_together(weight, transposed)
     library().grouped_linear(
         *isa_and_threads(),
-        groups.fields(),
+        groups.fields,
         *(N, K, r),
         address("x", x, x.dtype, groups.T * K),
         dtype_code("x", x),
@@ -323,7 +321,7 @@ def _outer_(
     r, K = target.shape[1:]
     library().grouped_outer(
         *isa_and_threads(),
-        groups.fields(),
+        groups.fields,
         *(K, r),
         address("x", x, x.dtype, groups.T * K),
         dtype_code("x", x),
@@ -363,7 +361,7 @@ def _collected(factor: Tensor, groups: Groups) -> Tensor:
     stack = factor.new_empty((min(groups.E, groups.R), *factor.shape[1:]))
     library().grouped_collect(
         isa_and_threads()[1],
-        groups.fields(),
+        groups.fields,
         math.prod(factor.shape[1:]),
         dtype_code("factor", factor),
         fresh(factor),
@@ -378,7 +376,8 @@ def _adjacent(stack: Tensor) -> bool:
 
 def _groups_innermost(stack: Tensor) -> bool:
     """Return whether a stack [E, rows, columns] lies as [rows, columns, E]."""
-    return stack.permute(1, 2, 0).is_contiguous()
+    E, _, columns = stack.shape
+    return stack.stride() == (1, columns * E, E)
 
 
 def _rows_together(weight: Tensor | None, transposed: bool) -> tuple[Tensor | None, bool]:

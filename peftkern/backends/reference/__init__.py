@@ -42,4 +42,5 @@ from peftkern.backends.reference.nf4_lora_linear import (
     nf4_lora_linear_forward,
 )
 from peftkern.backends.reference.rosa import rosa_sddmm, rosa_spmm_
+from peftkern.backends.reference.route import route
 from peftkern.backends.reference.swiglu import swiglu_backward, swiglu_forward

@@ -200,6 +200,13 @@ def _experts(weight: str) -> Callable[[Inputs], Results]:
     return run
 
 
+def _route(inputs: Inputs) -> Results:
+    weights = inputs["x"]
+    index = torch.arange(weights.numel(), device=weights.device).view(weights.shape) * 7 % 11
+    names = ("rows", "offsets", "inverse", "row_weights")
+    return dict(zip(names, torch.ops.peftkern.route(index, weights, 9), strict=True))
+
+
 def _swiglu(inputs: Inputs) -> Results:
     u, da = inputs["x"], inputs["dy"][:, : K // 2]
     w = u[:, 0].float()
@@ -313,6 +320,7 @@ _CASES = (
     _Case("rosa_linear", _rosa_linear, _16_AND_32),
     _Case("grouped_lora_linear", _experts("experts"), _16_AND_32),
     _Case("grouped_lora_linear, NF4", _experts("w_experts"), _16_AND_32),
+    _Case("route", _route, _16_AND_32, exact=True),
     _Case("swiglu", _swiglu, _16_AND_32),
     _Case("quantize_nf4", _quantize_nf4, _16_AND_32, exact=True),
     _Case("dequantize_nf4", _dequantize_nf4, _16_AND_32, exact=True),
