@@ -14,6 +14,7 @@ from checkpoint_folders import contents, load_tensors, save_characters, save_moe
 from command_line import refused
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -154,7 +155,6 @@ def test_what_cannot_start_experts_is_one_line(source, tmp_path, capfd):
 
 
 def test_one_expert_that_is_not_finite_is_named(tmp_path, capfd):
-    from safetensors.torch import load_file, save_file
 
     for family, name, where in (
         ("qwen3_moe", "experts.2.up_proj.weight", "experts.2.gate_proj.weight"),
@@ -168,3 +168,21 @@ def test_one_expert_that_is_not_finite_is_named(tmp_path, capfd):
         save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
         command = ("init", "pissa", str(source), str(tmp_path / "dst"), "--rank", "4", *TARGETS)
         refused(capfd, f"{where}: weight: expected finite values, got NaN or Inf", *command)
+
+
+@pytest.mark.parametrize("method", ["pissa", "loftq", "eva"])
+def test_experts_after_a_gap_in_their_numbers(tmp_path, capfd, method):
+    """There are as many as the model has."""
+    folder, texts = tmp_path / "src", tmp_path / "texts.txt"
+    save_moe(folder, "qwen3_moe")
+    texts.write_text("text\n")
+    tensors = {
+        name.replace(".experts.3.", ".experts.4."): tensor
+        for name, tensor in load_tensors(folder).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    data = ("--data", str(texts)) if method == "eva" else ()
+    complaint = "tensors of each of 4 experts, numbered from 0, got "
+    for targets in (TARGETS, TARGETS[:2]):
+        refused(capfd, complaint, "init", method, folder, tmp_path / "dst", *data, *targets)
+    assert not (tmp_path / "dst").exists()

@@ -17,8 +17,8 @@ from peftkern.functional.low_rank_svd import LoraFactors
 from peftkern.methods.low_rank_algebra import Loss
 from peftkern.tools.adapters.adapter import Update
 from peftkern.tools.checkpoints.architecture import (
-    EXPERT,
     Load,
+    expert_tensors,
     stacks_experts,
     transposes_experts,
 )
@@ -58,6 +58,7 @@ def find_stack(model: nn.Module, target: str, loads: Sequence[Load]) -> Stack | 
     """Return the stack that these tensors are loaded into; None if they are rearranged otherwise.
 
     Args: target: name of the parameter [E, m, n], or [E, n, m] of updates [m, n].
+    Raises: CheckpointError as `expert_tensors`.
     """
     first, (module, _, parameter) = loads[0], target.rpartition(".")
     turned = bool(getattr(model.get_submodule(module), "is_transposed", False))
@@ -68,14 +69,9 @@ def find_stack(model: nn.Module, target: str, loads: Sequence[Load]) -> Stack | 
         return Stack(module, parameter, turned != stored, first.info.name)
     if not stacks_experts(first.converter):
         return None
-    patterns = first.converter.source_patterns
-    named: dict[int, dict[int, str]] = {}
-    for load in loads:
-        expert = int(EXPERT.search(load.info.name)[1])
-        named.setdefault(expert, {})[patterns.index(load.pattern)] = load.info.name
-    rows = (named[expert] for expert in sorted(named))
-    return Stack(module, parameter, turned, rows=tuple(
-        tuple(name for _, name in sorted(one.items())) for one in rows))  # fmt: skip
+    found = expert_tensors(target, loads, len(model.get_parameter(target)))
+    rows = tuple(tuple(info.name for info in infos) for infos in found)
+    return Stack(module, parameter, turned, rows=rows)
 
 
 def stack_update(

@@ -5,7 +5,7 @@ and what the loader does with each tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -109,6 +109,28 @@ def stacks_experts(converter: WeightConverter) -> bool:
         EXPERT.search(pattern.replace("*", "0")) for pattern in converter.source_patterns
     )
     return plain and dims in ({MergeModulelist: 0}, {MergeModulelist: 0, Concatenate: 1})
+
+
+def expert_tensors(target: str, loads: Sequence[Load], count: int) -> list[tuple[TensorInfo, ...]]:
+    """Return the tensors of each of the `count` experts that are stacked in a parameter, in the
+    order of their rows there.
+
+    Raises: CheckpointError unless all of them are there once, under the numbers from 0 on.
+    """
+    patterns = loads[0].converter.source_patterns
+    placed = [
+        (int(EXPERT.search(load.info.name)[1]), patterns.index(load.pattern)) for load in loads
+    ]
+    parts = range(len(patterns))
+    if sorted(placed) != [(expert, part) for expert in range(count) for part in parts]:
+        short = [e for e in range(count) if any((e, part) not in placed for part in parts)]
+        which = f", expert {short[0]} is not whole" if short else ""
+        raise CheckpointError(
+            f"{target}: expected {len(patterns)} tensors of each of {count} experts, numbered from "
+            f"0, got {len(loads)}{which}"
+        )
+    infos = dict(zip(placed, (load.info for load in loads), strict=True))
+    return [tuple(infos[expert, part] for part in parts) for expert in range(count)]
 
 
 def transposes_experts(converter: WeightConverter) -> bool:

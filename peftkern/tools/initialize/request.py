@@ -123,14 +123,15 @@ def find_targets(
         checkpoint, if there is one already. others: names of what is no linear layer; there may be
         none of theirs.
     Raises: CheckpointError naming a layer that does not exist, has no such rank, is tied, or that
-        the method cannot start.
+        the method cannot start; as `expert_tensors`.
     """
     model = meta_model(checkpoint) if model is None else model
     loads = list(find_loads(model, checkpoint))
     linear = _linear_layers(model, loads)
-    experts = _experts(model, loads) if method else {}
+    experts = _experts(model, loads)  # those that are not whole are refused, named or not
     head = model.get_output_embeddings()
-    parameters = [] if isinstance(names, str) else [name for name in names if "." in name]
+    listed = () if isinstance(names, str) or method is None else names
+    parameters = [name for name in listed if "." in name]
     found = {name: [t for t in experts if ends_in(experts[t].name, name)] for name in parameters}
     served = {*others, *(name for name, tensors in found.items() if tensors)}
     known = (".".join(target.name.split(".")[-2:]) for target in experts.values())
@@ -219,8 +220,7 @@ def _experts(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, Target]
     """Find the weights of fused experts: of each expert, or of all where one tensor has them."""
     parts: dict[str, list[Load]] = {}
     for load in loads:
-        if load.info.dtype in DTYPES:
-            parts.setdefault(load.target, []).append(load)
+        parts.setdefault(load.target, []).append(load)
     found = {}
     for module, experts in model.named_modules():
         for parameter in expert_parameters(experts):
@@ -230,7 +230,8 @@ def _experts(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, Target]
             E, m, n = expert_shape(experts, parameter)
             stack = find_stack(model, f"{module}.{parameter}", loaded)
             infos = {load.info.name: load.info for load in loaded}
-            if stack is None or not fits(stack, infos, (E, m, n)):
+            floats = {info.dtype for info in infos.values()} <= {*DTYPES}
+            if stack is None or not floats or not fits(stack, infos, (E, m, n)):
                 continue
             if E == 1 and is_turned(experts):
                 continue  # PEFT does not transpose the update of one

@@ -7,7 +7,7 @@ parameters in one tensor. A merge cuts an update of the parameter accordingly.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
 from peftkern.tools.checkpoints.architecture import (
-    EXPERT,
     Load,
+    expert_tensors,
     load_targets,
     stacks_experts,
     transposes_experts,
 )
+from peftkern.tools.checkpoints.checkpoint import TensorInfo
 from peftkern.tools.checkpoints.weights import Weight, spellings
 
 
@@ -59,10 +60,13 @@ class Places:
 def find_places(
     model: PreTrainedModel, loads: Iterable[Load], weights: Mapping[str, Weight]
 ) -> Places:
-    """Find the places of all weights in a model without memory for its weights."""
+    """Find the places of all weights in a model without memory for its weights.
+
+    Raises: CheckpointError as `expert_tensors`.
+    """
     parameters = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     found: dict[str, list[Place]] = defaultdict(list)
-    together: dict[tuple[str, int | None], list[Load]] = defaultdict(list)
+    together: dict[str, list[Load]] = defaultdict(list)
     rearranged: dict[str, str] = {}
     for weight in weights.values():
         if weight.stack:  # under the name of its parameter
@@ -85,14 +89,13 @@ def find_places(
             if weight.shape == stored:
                 found[weight.name].append(Place(load.target, rows, transposed=True))
         elif _concatenates(load.converter):
-            expert = EXPERT.search(weight.name) if stacks_experts(load.converter) else None
-            together[load.target, None if expert is None else int(expert[1])].append(load)
+            together[load.target].append(load)
         elif _chunks(load.converter):
             found[weight.name] += _chunked(targets, parameters)
         else:
             rearranged |= dict.fromkeys(targets, weight.name)
-    for (target, expert), loads in together.items():
-        for name, place in _concatenated(target, expert, loads, weights):
+    for target, loads in together.items():
+        for name, place in _concatenated(target, loads, parameters[target][0], weights):
             found[name].append(place)
     return Places({name: tuple(places) for name, places in found.items()}, rearranged)
 
@@ -121,10 +124,18 @@ def _chunked(targets: Iterable[str], parameters: Mapping[str, tuple[int, ...]]) 
 
 
 def _concatenated(
-    target: str, expert: int | None, loads: list[Load], weights: Mapping[str, Weight]
+    target: str, loads: list[Load], count: int, weights: Mapping[str, Weight]
 ) -> Iterable[tuple[str, Place]]:
-    patterns, row = loads[0].converter.source_patterns, 0
-    for load in sorted(loads, key=lambda load: patterns.index(load.pattern)):
-        rows = weights[load.info.name].shape[0]
-        yield load.info.name, Place(target, rows, expert, row)
-        row += rows
+    parts: Iterable[tuple[int | None, Sequence[TensorInfo]]]
+    if stacks_experts(loads[0].converter):
+        parts = enumerate(expert_tensors(target, loads, count))
+    else:
+        patterns = loads[0].converter.source_patterns
+        ordered = sorted(loads, key=lambda load: patterns.index(load.pattern))
+        parts = [(None, [load.info for load in ordered])]
+    for expert, infos in parts:
+        row = 0
+        for info in infos:
+            rows = weights[info.name].shape[0]
+            yield info.name, Place(target, rows, expert, row)
+            row += rows

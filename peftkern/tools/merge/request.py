@@ -236,14 +236,12 @@ def _check_stored(
 
 
 def _check_place(weight: Weight, place: Place, shape: tuple[int, ...]) -> None:
-    """Raise CheckpointError for a tensor that no update can be merged into, or of an expert that
-    the parameter, of this shape, does not have."""
+    """Raise CheckpointError for a tensor that no update can be merged into, or with more rows than
+    an expert of the parameter, of this shape, has."""
     name = weight.name
     if weight.dtype not in FLOATS:
         raise CheckpointError(f"{name}: expected floating point to merge into, got {weight.dtype}")
     if place.expert is not None:
         count, *matrix = shape
-        if place.expert >= count or place.row + place.rows > matrix[0]:
-            raise CheckpointError(
-                f"{name}: expected rows of one of {count} experts {matrix} once, numbered from 0"
-            )
+        if place.row + place.rows > matrix[0]:
+            raise CheckpointError(f"{name}: expected rows of one of {count} experts {matrix} once")

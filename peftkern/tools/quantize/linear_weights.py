@@ -8,7 +8,6 @@ layer, and which tensors are the experts of one stack [E, N, K].
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import re
 import statistics
@@ -31,9 +30,9 @@ from peftkern.integrations.transformers.mxfp4_experts import FAMILY, MXFP4Expert
 from peftkern.integrations.transformers.nf4_experts import NF4ExpertsConfig
 from peftkern.layers.quantize import expert_parameters
 from peftkern.tools.checkpoints.architecture import (
-    EXPERT,
     Load,
     check_shape,
+    expert_tensors,
     find_loads,
     load_targets,
     meta_model,
@@ -186,21 +185,11 @@ def _expert_weights(
 
 def _stacked(target: str, shape: tuple[int, ...], loads: Sequence[Load]) -> Stack:
     """Put the tensors in the order of their values in the stack."""
-    patterns = loads[0].converter.source_patterns
-    places = {
-        (int(EXPERT.search(load.info.name)[1]), patterns.index(load.pattern)): load.info
-        for load in loads
-    }
     E, N, K = shape
-    expected = list(itertools.product(range(E), range(len(patterns))))
-    if sorted(places) != expected:
-        raise CheckpointError(
-            f"{target}: expected {len(patterns)} tensors of each of {E} experts, numbered from 0, "
-            f"got {len(places)}"
-        )
-    for info in places.values():
-        check_shape(info, (N // len(patterns), K))
-    return Stack(shape, tuple(places[place].name for place in expected))
+    infos = [info for parts in expert_tensors(target, loads, E) for info in parts]
+    for info in infos:
+        check_shape(info, (N * E // len(infos), K))
+    return Stack(shape, tuple(info.name for info in infos))
 
 
 def _stacks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:

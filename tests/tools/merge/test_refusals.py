@@ -275,7 +275,11 @@ def test_parameter_that_loading_puts_together_otherwise(tmp_path: Path, monkeypa
     tensors = load_tensors(base)
     del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    refused("the base's files do not hold it, or not all", base, adapter)
+    refused(
+        "2 tensors of each of 4 experts, numbered from 0, got 7, expert 2 is not whole",
+        base,
+        adapter,
+    )
 
 
 @pytest.mark.parametrize(("number", "instead"), [("99", True), ("4", False), ("03", False)])
@@ -290,7 +294,7 @@ def test_experts_that_are_numbered_otherwise(tmp_path: Path, number: str, instea
         other = name.replace(".experts.3.", f".experts.{number}.")
         tensors[other] = tensors.pop(name) if instead else tensors[name].clone()
     save_file(tensors, path, metadata={"format": "pt"})
-    refused("once, numbered from 0", base, adapter)
+    refused("tensors of each of 4 experts, numbered from 0, got ", base, adapter)
 
 
 def test_pickles(tmp_path: Path) -> None:
