@@ -21,6 +21,7 @@ from peftkern.formats.table import cut
 
 _ON_CPU = 1 << 20  # values of a panel: 4 MB
 _ELSEWHERE = 1 << 25  # fewer launches, 128 MB
+_LEAST = 64  # rows of a panel: beside fewer, x and z are most of what `products` moves
 Item, Found = TypeVar("Item"), TypeVar("Found")
 Run = Callable[[Callable[[Item], Found], Iterable[Item]], Iterator[Found]]
 
@@ -44,7 +45,7 @@ class Panels:
         steps = [part.step for part in self._parts]
         step = math.lcm(*steps, blocksize // math.gcd(blocksize, self.n))
         size = _ON_CPU if self.device.type == "cpu" else _ELSEWHERE
-        self.rows = max(1, size // max(1, step * self.n)) * step
+        self.rows = max(1, -(-_LEAST // step), size // max(1, step * self.n)) * step
         self._buffers = threading.local()
 
     @property

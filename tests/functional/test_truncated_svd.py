@@ -241,6 +241,13 @@ def test_same_bits_in_every_run_and_another_seed():
     assert torch.equal(svd.Vh, again.Vh) and not torch.equal(svd.Vh, other.Vh)
 
 
+def test_panels_of_wide_matrices_have_rows_enough():
+    """Of fewer, the vectors that are multiplied with each would be most of what is moved."""
+    wide, narrow = Panels(torch.empty(150, 65_536), None), Panels(torch.empty(300, 8192), None)
+    assert [rows.stop for rows in wide.slices] == [64, 128, 150]
+    assert [rows.stop for rows in narrow.slices] == [128, 256, 300]
+
+
 @pytest.mark.parametrize("rank", [8, 40])
 def test_bits_do_not_depend_on_threads(rank):
     """Panels of several heights, layers of one panel, small ones of both orientations."""
@@ -339,6 +346,7 @@ def test_a_default_device_and_a_tol_that_is_an_integer():
 def test_results_and_buffers_of_panels_do_not_add_up(monkeypatch):
     """Gram matrices of many panels; a list of many layers."""
     monkeypatch.setattr("peftkern.functional.panels._ON_CPU", 4096)
+    monkeypatch.setattr("peftkern.functional.panels._LEAST", 1)
     live, most, made = {}, [0], Panels.read
 
     def read(self: Panels, rows: slice, place: int = 0) -> Tensor:
