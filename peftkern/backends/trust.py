@@ -46,6 +46,7 @@ MODES = ("auto", "readonly", "off", "always")
 RIGHT = "right"
 OURS, PEER = "peftkern", "PEFT"
 CHECKED_CALLS = (1, 10, 100, 1000)  # a tail or a rare shape may be the culprit
+LOCK_SECONDS = 1.0  # that a write waits for another one: a stopped process must not stop this one
 _PACKAGES = ("torch", "triton", "bitsandbytes", "peft")
 
 _forced: str | None = None  # of the process: backward passes run in torch's own threads
@@ -364,12 +365,12 @@ def _file_lock(path: Path) -> Iterator[None]:
         return
     with open(path.with_suffix(".lock"), "a", encoding="utf-8") as file:
         begin = time.monotonic()
-        while True:  # a stopped process must not stop this one
+        while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() - begin > 1.0:
+                if time.monotonic() - begin > LOCK_SECONDS:
                     break
                 time.sleep(0.005)
         yield
