@@ -52,8 +52,11 @@ def tables(weight: Tensor) -> list[Tensor]:
     return [state.absmax, state.code, *nested]
 
 
-def measured(model: nn.Module, training: Training) -> dict[str, int]:
-    """Bytes of a second training step: the peak of each phase; gradients and states to the byte."""
+def measured(model: nn.Module, training: Training, first: bool = False) -> dict[str, int]:
+    """Bytes of a second training step: the peak of each phase; gradients and states to the byte.
+
+    first: of the first one, but for the optimizer, which makes its states there.
+    """
     vocabulary = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (training.batch, training.sequence))
     optimizer = OPTIMIZERS[training.optimizer](
@@ -68,6 +71,9 @@ def measured(model: nn.Module, training: Training) -> dict[str, int]:
     def backward() -> None:
         losses.pop().backward()
 
+    if first:
+        held = allocations(forward=forward, backward=backward)
+        return {name: max(peaks) for name, peaks in held.items()}
     forward()
     backward()
     optimizer.step()

@@ -12,7 +12,8 @@ import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from plan_configs import LLAMA_CONFIG
-from plan_steps import DTYPES, check, nbytes, tables
+from plan_steps import DTYPES, check, counted, measured, nbytes, tables
+from tolerances import PLAN_RTOL
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -109,6 +110,23 @@ def test_step_agrees_with_the_allocator(folders, method, dtype, checkpointing, p
 
 
 CPU = Training("lora", r=4, batch=2, sequence=160, patched=False, checkpointing=False, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        replace(CPU, patched=True),
+        replace(CPU, patched=True, checkpointing=True),
+        replace(CPU, patched=True, base="nf4", dropout=0.1),
+    ],
+)
+def test_a_first_step_has_the_peak_of_the_plan(folders, training):
+    """Its layers copy what the model may write to, as no later step does."""
+    model = make_model(folders, LLAMA, training)
+    first, count = measured(model, training, first=True), counted(LLAMA, training)
+    assert first == {name: pytest.approx(count[name], rel=PLAN_RTOL) for name in first}
+    later = measured(model, training)
+    assert max(first.values()) > max(later["forward"], later["backward"])
 
 
 def more(training: Training):

@@ -53,13 +53,14 @@ def cast(x: Tensor, dtype: torch.dtype, reader: object, *, copy: bool = False) -
     The data is dropped with x, with the next cast of another tensor, where x was written to since,
     and when a reader that has had it comes again: what writes past autograd's versions (`.data`, a
     buffer of numpy, a collective) does so between two calls of one layer. Autograd sees a cast for
-    each call.
+    each call. Copies are shared whatever their size: a first step has one of each layer's input.
     """
     global _last
     if x.dtype is dtype and not copy:
         return x
     graph = x.requires_grad and torch.is_grad_enabled()
-    if (graph and x.numel() < GRADIENT_MINIMUM) or not _keeps(x):
+    apart = graph and not copy and x.numel() < GRADIENT_MINIMUM
+    if apart or not _keeps(x):
         return x.to(dtype=dtype, copy=copy)
     stream = torch._C._cuda_getCurrentRawStream(x.device.index) if x.is_cuda else 0
     key = (id(x), x._version, dtype, stream)
