@@ -330,7 +330,10 @@ def _by_row(weights: Tensor, inverse: Tensor) -> Tensor:
 
 def _combine(rows: Tensor, inverse: Tensor, added: Tensor | None = None) -> Tensor:
     """Add up each token's rows, and `added`, rounded once: in order, so deterministic."""
-    of_tokens = rows.index_select(0, inverse.view(-1)).view(*inverse.shape, rows.shape[1])
+    if len(inverse) == 1:  # of one token, in that of the experts: nothing is gathered
+        of_tokens = rows[None]
+    else:
+        of_tokens = rows.index_select(0, inverse.view(-1)).view(*inverse.shape, rows.shape[1])
     if added is None:
         return of_tokens.sum(1)
     return (of_tokens.sum(1, dtype=_wide(rows)) + added).to(rows.dtype)

@@ -210,6 +210,9 @@ def read_stack(layer: Any, device: torch.device) -> Stack | Fallback:
     reason = reason or next(filter(None, map(switched_off, wrappers.values())), None)
     if reason is not None:
         return Fallback(reason)
+    implementation = experts.config._experts_implementation or _OWN_LOOP
+    if implementation not in _IMPLEMENTATIONS:
+        return Fallback(f"experts_implementation is {implementation}")
 
     adapters = max(len(active_names(wrapper)) for wrapper in wrappers.values())
     names = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
@@ -226,7 +229,6 @@ def read_stack(layer: Any, device: torch.device) -> Stack | Fallback:
         return Fallback("no active adapter")
     if up.weight.dtype is not down.weight.dtype or up.weight.dtype not in WEIGHT_DTYPES:
         return Fallback(f"experts are {up.weight.dtype} and {down.weight.dtype}")
-    implementation = _implementation(experts)
     try:
         transposed = is_transposed(experts, *names)
     except ArgumentError as error:
@@ -251,9 +253,6 @@ def _unusual_experts(
         return f"base_layer is {type(experts).__name__}"
     if ends_in_norm(experts):
         return "the experts end in a norm"
-    implementation = _implementation(experts)
-    if implementation not in _IMPLEMENTATIONS:
-        return f"experts_implementation is {implementation}"
     children = {name: child for name, child in experts._modules.items() if child is not None}
     reason = hooked(device, experts=experts, **children)
     plain = {name: p for name, p in own.items() if not (p is None or isinstance(p, ExpertStack))}
@@ -288,10 +287,6 @@ def shown_weight(module: nn.Module, own: str, parent: nn.Module) -> Shown | None
     else:
         return None
     return Shown(module, own, router) if own in names else None
-
-
-def _implementation(experts: nn.Module) -> str:
-    return experts.config._experts_implementation or _OWN_LOOP
 
 
 def _linear(
