@@ -194,9 +194,12 @@ def extract(
 ) -> None:
     """Make an adapter of a full fine-tune: TUNED minus BASE, layer by layer, cut to a rank.
 
-    The rounding of 16-bit weights is noise in their difference, below an edge that is known:
-    singular values above it are kept. Norms, biases and tied embeddings that changed are carried
-    whole. change is |TUNED - BASE| / |BASE|; error is what the rank leaves of the difference.
+    Each may be dense or in 4 bits, of which a layer or an expert is decoded at a time. The rounding
+    of TUNED, to 16 or to 4 bits, is noise in the difference, below an edge that is known: singular
+    values above it are kept. Of two in 4 bits that of BASE is noise, too; under a dense TUNED it is
+    not: give a --rank if TUNED was trained from BASE's weights in 16 bits. Norms, biases and tied
+    embeddings that changed are carried whole. change is |TUNED - BASE| / |BASE|; error is what the
+    rank leaves of the difference.
 
     Example: peftkern adapter extract ~/models/llama3-8b ~/models/my-tune extracted
     """
@@ -206,13 +209,14 @@ def extract(
         from peftkern.tools.adapters.extract import extract as tool
         from peftkern.tools.adapters.write import check_destination
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
+        from peftkern.tools.checkpoints.decoded import decoded
     if noise and energy is not None:
         raise InputError("expected one of --energy and --noise")
     written = _dtype(dtype)
     with bad_input("rank", "energy"):
         rule = ExtractRule.asked(rank, energy, noise)
         check_destination(destination, force)
-        with progress_bar(read_checkpoint(base).nbytes) as progress:
+        with progress_bar(decoded(read_checkpoint(base, quantized=True)).nbytes) as progress:
             found, layers = tool(base, tuned, rule, progress=progress)
         _write(found, destination, written, force)
     lost = {key: one.loss for key, one in layers.items()}

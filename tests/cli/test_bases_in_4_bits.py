@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,4 +137,33 @@ def test_what_loftq_would_start_at_zero_is_refused(gpt2, tmp_path, capfd):
     """Of a base on the points of NF4 nothing is lost in NF4, and zeros do not train."""
     complaint = "c_attn: loftq starts from what NF4 loses of a weight, and this one is in nf4"
     refused(capfd, complaint, "init", "loftq", gpt2[0], tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()
+
+
+def test_an_adapter_is_extracted(gpt2, tmp_path, capsys):
+    stored, decoded = gpt2
+    model = load(decoded)
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight += 0.1 * torch.randn(64, 2) @ torch.randn(2, 192)
+        model.transformer.ln_f.weight += 1
+    save_base(tmp_path / "tuned", model)
+    options = ("--rank", 2)
+    for name, base in (("got", stored), ("expected", decoded)):
+        record = printed(
+            capsys, "adapter", "extract", base, tmp_path / "tuned", tmp_path / name, *options
+        )
+        assert [key.rpartition(".")[2] for key in record["updates"]] == ["c_attn"]
+        assert len(record["carried"]) == 2  # the norm, weight and bias
+    got, expected = (load_tensors(tmp_path / name) for name in ("got", "expected"))
+    assert_same_tensors(got, expected)
+
+
+def test_what_is_quantized_otherwise_is_no_side_of_an_extraction(gpt2, tmp_path, capfd):
+    stored, decoded = gpt2
+    other = shutil.copytree(decoded, tmp_path / "other")
+    quantized = {**config_of(decoded), "quantization_config": {"quant_method": "gptq"}}
+    (other / "config.json").write_text(json.dumps(quantized))
+    for base, tuned in ((other, stored), (stored, other)):
+        command = ("adapter", "extract", base, tuned, tmp_path / "dst")
+        refused(capfd, "got quant_method 'gptq'", *command)
     assert not (tmp_path / "dst").exists()

@@ -1,47 +1,47 @@
 """Extraction of an adapter from a full fine-tune: W_tuned - W_base of every layer, cut to a rank.
 
-Weights are read layer by layer, and their difference is taken in float32 within panels. 16-bit
-weights of the fine-tune are rounded: the rounding of each is a matrix of independent errors of
-variance ulp^2 / 12, whose largest singular value is near
+Weights are read layer by layer, those in 4 bits decoded, and their difference is taken in float32
+within panels. Weights of the fine-tune are rounded, to 16 or to 4 bits: what lies below the edge of
+that noise, sigma* of `noise`, is none of the tuning. By default the rank is the number of singular
+values above 1.1 sigma*.
 
-    sigma* = rms(ulp) / sqrt(12) * (sqrt(m) + sqrt(n)),
-
-and what lies below that edge is noise: by default the rank is the number of singular values above
-1.1 sigma*.
+Of a fine-tune in 4 bits the rounding of the base to 4 bits is noise, too. Under one in 16 bits it
+is taken for what was tuned: the base as it is.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from peftkern.formats.rank_patterns import PREFIX
-from peftkern.functional.low_rank_svd import LoraFactors
 from peftkern.layers.quantize import expert_parameters
 from peftkern.methods.low_rank_algebra import Choice, Loss, above, best_pair, keeping, loss_of_part
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
-from peftkern.tools.adapters.extract_experts import Stack, find_stack, read_tensor, stack_update
+from peftkern.tools.adapters.extract_experts import (
+    Found,
+    Stack,
+    are_same,
+    find_stack,
+    read_tensor,
+    stack_update,
+    stored_roundings,
+)
+from peftkern.tools.adapters.noise import ROUNDED, dense_rounding, noise_edge
 from peftkern.tools.checkpoints.architecture import Load, find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, TensorInfo, read_checkpoint
+from peftkern.tools.checkpoints.decoded import decoded
 
 MARGIN = 1.1  # of the edge of noise
 MOST = 256  # default bound on the rank, of rules that choose it
 _LOW_RANK = ("linear", "turned", "embedding")
-_PANEL = 1 << 21  # values
-# Bits of a number that are its power of two.
-_EXPONENT = {
-    torch.bfloat16: (torch.int16, 0x7F80, 7),
-    torch.float16: (torch.int16, 0x7C00, 10),
-    torch.float32: (torch.int32, 0x7F800000, 23),
-}
 _TASKS = {"ForCausalLM": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
 
 
@@ -113,36 +113,41 @@ def extract(
     PEFT saves modules whole, so that a parameter beside layers that have updates (the sinks of
     gpt-oss' attention) has no place in an adapter: notes name those that changed.
 
-    Args: folders of safetensors of one architecture, which transformers knows; progress: called
-        with the bytes of each finished tensor and its name.
+    Args: folders of safetensors of one architecture, which transformers knows, each dense or in 4
+        bits; progress: called with the bytes of each finished tensor, decoded, and its name.
     Raises: AdapterError or CheckpointError naming the folder and the tensor: other tensors or
         shapes than the base's, nothing that changed, or what is not finite.
     """
-    checkpoints = read_checkpoint(base), read_checkpoint(tuned)
+    checkpoints = tuple(decoded(read_checkpoint(one, quantized=True)) for one in (base, tuned))
     places, stacks = _layout(*checkpoints)
     updates: dict[str, Update] = {}
     extracted: dict[str, Extracted] = {}
     changed: list[_Place] = []
     for place in places:
         before, after = read_tensor(place.base), read_tensor(place.tuned)
-        if not torch.equal(before, after):
-            if place.kind in _LOW_RANK:
-                updates[place.module], extracted[place.module] = _update(place, before, after, rule)
-            else:
-                changed.append(place)
+        if are_same(before, after):
+            pass
+        elif place.kind not in _LOW_RANK:
+            changed.append(place)
+        elif (found := _update(place, before, after, rule)) is not None:
+            updates[place.module], extracted[place.module] = found
         progress(place.base.nbytes, place.base.name)
-    for stack in stacks:
-        found = stack_update(stack, *(one.tensors for one in checkpoints), functools.partial(
-            _cut, f"{tuned}: {stack.module}.{stack.parameter}", rule))  # fmt: skip
-        if found is not None:
-            update, loss, noise, weight = found
+    for both in stacks:
+        stack, tensors = both[0], [one.tensors for one in checkpoints]
+        cut = functools.partial(_cut, f"{tuned}: {stack.module}.{stack.parameter}", rule)
+        of_stack = stack_update(both, tensors, cut)
+        if of_stack is not None:
+            update, loss, noise, weight = of_stack
             change = math.sqrt(loss.energy / max(weight, 1e-30))
             updates[update.key], extracted[update.key] = update, Extracted(loss, change, noise)
-        progress(sum(checkpoints[0].tensors[name].nbytes for name in stack.names), stack.parameter)
+        progress(sum(tensors[0][name].nbytes for name in stack.names), stack.parameter)
     if not updates:
-        raise AdapterError(f"{tuned}: no matrix of a layer differs from {base}")
+        raise AdapterError(
+            f"{tuned}: no matrix of a layer differs from {base}, but for what rounding explains"
+        )
     extras, fields, notes = _carried(places, changed, updates)
-    config = {"peft_type": "LORA", "base_model_name_or_path": str(base), **_task(Path(base))}
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(base)}
+    config |= _task(checkpoints[0])
     config |= {"r": 1, "lora_alpha": 1, "target_modules": [], **fields}
     adapter = Adapter(config, {}, extras, str(tuned), notes)
     return adapter.with_updates(updates.values()), extracted
@@ -185,44 +190,44 @@ def _carried(
     return extras, {"bias": bias, "modules_to_save": list(saved) or None}, tuple(notes)
 
 
-def _task(base: Path) -> dict[str, str]:
+def _task(base: Checkpoint) -> dict[str, str]:
     """Return the task that PEFT knows an architecture by."""
-    names = read_checkpoint(base).config.get("architectures") or [""]
+    names = base.config.get("architectures") or [""]
     task = next((task for end, task in _TASKS.items() if str(names[0]).endswith(end)), None)
     return {} if task is None else {"task_type": task}
 
 
-def noise_edge(weight: Tensor) -> float:
-    """Return sigma* of a weight [m, n], the largest singular value of its rounding."""
-    integer, exponent, bits = _EXPONENT[weight.dtype]
-    squares = 0.0
-    for rows in weight.split(max(1, _PANEL // weight.shape[1])):
-        powers = rows.contiguous().view(integer).bitwise_and(exponent).view(weight.dtype)
-        squares += powers.float().square().sum(dtype=torch.float64).item()
-    rms = math.sqrt(squares / weight.numel()) * 2.0**-bits
-    return rms / math.sqrt(12) * sum(map(math.sqrt, weight.shape))
-
-
 def _cut(
-    where: str, rule: ExtractRule, before: Tensor, after: Tensor
-) -> tuple[LoraFactors, Tensor, float, float]:
-    """Cut a difference; return factors, singular values, its norm and the edge of its noise."""
+    where: str, rule: ExtractRule, before: Tensor, after: Tensor, roundings: Sequence[float]
+) -> Found | None:
+    """Cut a difference; return factors, singular values, its norm and the edge of its noise, None
+    if it is nothing but that, and that is the rule.
+
+    Args: roundings: energies of those of both weights to 4 bits, 0 of what is not in 4 bits.
+    """
     for weight in (before, after):
-        if weight.dtype not in _EXPONENT:
+        if weight.dtype not in ROUNDED:
             raise AdapterError(f"{where}: expected F32, F16 or BF16, got {weight.dtype}")
-    noise = noise_edge(after)
+    energy = sum(roundings) if roundings[1] else dense_rounding(after)
+    noise = noise_edge(energy, tuple(after.shape))
     try:
-        return *best_pair(after, rule.choice(noise), minus=before, most=rule.most), noise
+        pair, S, norm = best_pair(after, rule.choice(noise), minus=before, most=rule.most)
     except ValueError as error:
         raise AdapterError(f"{where}: {error}") from error
+    if rule.rule == "noise" and S[0] <= rule.value * noise:
+        return None
+    return pair, S, norm, noise
 
 
 def _update(
     place: _Place, before: Tensor, after: Tensor, rule: ExtractRule
-) -> tuple[Update, Extracted]:
+) -> tuple[Update, Extracted] | None:
     where = f"{place.tuned.file}: {place.tuned.name}"
-    pair, S, norm, noise = _cut(where, rule, before, after)
-    lora_B, lora_A = pair
+    roundings = [sum(stored_roundings(info)) for info in (place.base, place.tuned)]
+    found = _cut(where, rule, before, after, roundings)
+    if found is None:
+        return None
+    (lora_B, lora_A), S, norm, noise = found
     if place.kind != "linear":  # an embedding [V, d] and Conv1D [n, m] are kept turned
         lora_B, lora_A = lora_A.T.contiguous(), lora_B.T.contiguous()
     kind = "embedding" if place.kind == "embedding" else "linear"
@@ -231,48 +236,72 @@ def _update(
     return Update(place.module, "weight", kind, lora_A, lora_B, 1.0), Extracted(loss, change, noise)
 
 
-def _layout(base: Checkpoint, tuned: Checkpoint) -> tuple[list[_Place], list[Stack]]:
-    """Return every tensor of both with its place in the model, and the stacks of experts.
+def _layout(base: Checkpoint, tuned: Checkpoint) -> tuple[list[_Place], list[tuple[Stack, Stack]]]:
+    """Return every parameter of both with its place in the model, and the stacks of experts, which
+    each may store in its own way.
 
     Raises: AdapterError if they have other tensors or shapes.
     """
-    for name in sorted(base.tensors.keys() ^ tuned.tensors.keys()):
-        without = tuned if name in base.tensors else base
-        raise AdapterError(f"{without.folder}: {name}: missing, the other checkpoint has it")
-    for name, info in base.tensors.items():
-        if info.shape != (other := tuned.tensors[name]).shape:
-            raise AdapterError(
-                f"{other.file}: {name}: expected {list(info.shape)}, got {list(other.shape)}"
-            )
     model = meta_model(base)
     modules, parameters = dict(model.named_modules()), model.state_dict()
-    loads = [load for load in find_loads(model, base) if load.target in parameters]
-    tied = _tied(model, {load.target for load in loads})
+    found = _by_target(model, base), _by_target(model, tuned)
+    for target in sorted(found[0].keys() ^ found[1].keys()):
+        missing = int(target in found[0])
+        name, without = found[1 - missing][target][0].info.name, (base, tuned)[missing]
+        raise AdapterError(f"{without.folder}: {name}: missing, the other checkpoint has it")
+    tied = _tied(model, parameters.keys() & found[0].keys())
     places: list[_Place] = []
-    experts: dict[str, list[Load]] = {}
-    for load in loads:
-        module, _, parameter = load.target.rpartition(".")
-        if parameter in expert_parameters(modules[module]):
-            experts.setdefault(load.target, []).append(load)
+    stacks: list[tuple[Stack, Stack]] = []
+    for target, parts in found[0].items():
+        others = found[1][target]
+        module, _, parameter = target.rpartition(".")
+        experts = target in parameters and parameter in expert_parameters(modules[module])
+        both = [find_stack(model, target, loads) for loads in (parts, others)] if experts else []
+        if experts and None not in both:
+            shapes = both[0].shape(base.tensors), both[1].shape(tuned.tensors)
+            _check_shape(tuned.tensors[both[1].names[0]], *shapes)
+            stacks.append((both[0], both[1]))
             continue
-        kind = _kind(modules[module], parameter)
-        if load.target in (f"{name}.weight" for name in tied):
-            kind = "tied"
-        elif load.converter is not None or parameters[load.target].shape != load.info.shape:
-            kind = "rearranged"
-        other = tuned.tensors[load.info.name]
-        places.append(_Place(load.info, other, module, parameter, kind, tied))
-    stacks = []
-    for target, parts in experts.items():
-        stack = find_stack(model, target, parts)
-        if stack is None:
-            module, _, parameter = target.rpartition(".")
-            infos = (load.info for load in parts)
-            places += [_Place(one, tuned.tensors[one.name], module, parameter, "rearranged")
-                       for one in infos]  # fmt: skip
-        else:
-            stacks.append(stack)
+        for load, other in _pairs(parts, others, tuned):
+            _check_shape(other.info, load.info.shape, other.info.shape)
+            if target not in parameters:
+                continue
+            kind = _kind(modules[module], parameter)
+            if experts:
+                kind = "rearranged"
+            elif target in (f"{name}.weight" for name in tied):
+                kind = "tied"
+            elif load.converter is not None or parameters[target].shape != load.info.shape:
+                kind = "rearranged"
+            places.append(_Place(load.info, other.info, module, parameter, kind, tied))
     return places, stacks
+
+
+def _by_target(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, list[Load]]:
+    found: dict[str, list[Load]] = {}
+    for load in find_loads(model, checkpoint):
+        found.setdefault(load.target, []).append(load)
+    return found
+
+
+def _pairs(
+    parts: Sequence[Load], others: Sequence[Load], tuned: Checkpoint
+) -> Iterator[tuple[Load, Load]]:
+    """Yield the tensors of a parameter in both checkpoints, by their names if they are several."""
+    if len(parts) == len(others) == 1:
+        yield parts[0], others[0]
+        return
+    named = {load.info.name: load for load in others}
+    for load in parts:
+        name = load.info.name
+        if name not in named or len(parts) != len(others):
+            raise AdapterError(f"{tuned.folder}: {name}: the other checkpoint has other tensors")
+        yield load, named[name]
+
+
+def _check_shape(info: TensorInfo, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
+    if expected != got:
+        raise AdapterError(f"{info.file}: {info.name}: expected {list(expected)}, got {list(got)}")
 
 
 def _kind(module: nn.Module, parameter: str) -> str:

@@ -6,7 +6,7 @@ own (gate and up, one after the other); one expert is in memory at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from peftkern.functional.low_rank_svd import LoraFactors
 from peftkern.methods.low_rank_algebra import Loss
 from peftkern.tools.adapters.adapter import Update
+from peftkern.tools.adapters.noise import quantized_rounding
 from peftkern.tools.checkpoints.architecture import (
     Load,
     expert_tensors,
@@ -23,8 +24,10 @@ from peftkern.tools.checkpoints.architecture import (
     transposes_experts,
 )
 from peftkern.tools.checkpoints.checkpoint import TensorInfo, read_tensors
+from peftkern.tools.checkpoints.decoded import DecodedInfo
 
-Cut = Callable[[Tensor, Tensor], tuple[LoraFactors, Tensor, float, float]]
+Found = tuple[LoraFactors, Tensor, float, float]
+Cut = Callable[[Tensor, Tensor, Sequence[float]], Found | None]
 
 
 class Stack(NamedTuple):
@@ -43,6 +46,16 @@ class Stack(NamedTuple):
     def names(self) -> list[str]:
         return [self.whole] if self.whole else [name for one in self.rows for name in one]
 
+    def shape(self, tensors: dict[str, TensorInfo]) -> tuple[int, int, int]:
+        """Return [E, m, n]."""
+        if self.whole:
+            E, *matrix = tensors[self.whole].shape
+        else:
+            infos = [tensors[name] for name in self.rows[0]]
+            E, *matrix = len(self.rows), sum(i.shape[0] for i in infos), infos[0].shape[1]
+        m, n = reversed(matrix) if self.turned else matrix
+        return E, m, n
+
     def read(self, tensors: dict[str, TensorInfo]) -> Iterator[Tensor]:
         """Yield the matrices [m, n] of the experts, one after the other."""
         if self.whole:
@@ -52,6 +65,14 @@ class Stack(NamedTuple):
                 torch.cat([read_tensor(tensors[name]) for name in one]) for one in self.rows
             )
         yield from (matrix.T if self.turned else matrix for matrix in matrices)
+
+    def roundings(self, tensors: dict[str, TensorInfo]) -> Iterator[float]:
+        """Yield the energy of each expert's rounding to 4 bits, 0 where it is dense."""
+        if self.whole:
+            info = tensors[self.whole]
+            yield from stored_roundings(info) or [0.0] * info.shape[0]
+        for one in self.rows:
+            yield sum(sum(stored_roundings(tensors[name])) for name in one)
 
 
 def find_stack(model: nn.Module, target: str, loads: Sequence[Load]) -> Stack | None:
@@ -75,21 +96,27 @@ def find_stack(model: nn.Module, target: str, loads: Sequence[Load]) -> Stack | 
 
 
 def stack_update(
-    stack: Stack, base: dict[str, TensorInfo], tuned: dict[str, TensorInfo], cut: Cut
+    stacks: tuple[Stack, Stack], tensors: Sequence[dict[str, TensorInfo]], cut: Cut
 ) -> tuple[Update, Loss, float, float] | None:
     """Return a stack's update, its loss, the edge of noise and the base's energy; None if the same.
 
-    Args: cut: of one expert's weights before and after.
+    Args: stacks and tensors: before and after. cut: of one expert's weights before and after, and
+        the energies of their rounding to 4 bits; None for nothing but that.
     """
+    stack = stacks[0]
     pairs, spectra, edges, energy, weight = [], [], [], 0.0, 0.0
     shape = (0, 0)
-    for before, after in zip(stack.read(base), stack.read(tuned), strict=True):
+    of_each = list(zip(stacks, tensors, strict=True))
+    values = [one.read(infos) for one, infos in of_each]
+    roundings = [one.roundings(infos) for one, infos in of_each]
+    for before, after, *energies in zip(*values, *roundings, strict=True):
         shape = tuple(before.shape)
         weight += before.float().square().sum().item()
-        if torch.equal(before, after):
+        found = None if are_same(before, after) else cut(before, after, energies)
+        if found is None:
             pairs.append(LoraFactors(torch.zeros(shape[0], 0), torch.zeros(0, shape[1])))
             continue
-        pair, S, norm, edge = cut(before, after)
+        pair, S, norm, edge = found
         edges.append(edge)
         pairs.append(pair)
         spectra.append(S)
@@ -104,6 +131,17 @@ def stack_update(
     loss = Loss(min(shape), rank, energy, max(energy - kept, 0.0), top, None)
     update = Update(stack.module, stack.parameter, "experts", lora_A, lora_B, 1.0)
     return update, loss, max(edges), weight
+
+
+def are_same(before: Tensor, after: Tensor) -> bool:
+    """Return whether two tensors have the same values, of whatever dtypes."""
+    dtype = torch.promote_types(before.dtype, after.dtype)
+    return torch.equal(before.to(dtype), after.to(dtype))
+
+
+def stored_roundings(info: TensorInfo) -> Iterable[float]:
+    """Return the energy of the rounding to 4 bits of each expert, or of all; () if it is dense."""
+    return map(quantized_rounding, info.quantized()) if isinstance(info, DecodedInfo) else ()
 
 
 def read_tensor(info: TensorInfo) -> Tensor:

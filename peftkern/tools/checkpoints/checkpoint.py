@@ -169,18 +169,19 @@ def read_tensors(
     Raises: CheckpointError if a file has changed since it was checked.
     """
     for path, group in groupby(infos, key=attrgetter("file")):
-        with _unchanged(path), open_safetensors(path) as file:
+        with unchanged(path), open_safetensors(path) as file:
             for info in group:
                 yield _parts(file, info, info.name in stacks)
 
 
 def _parts(file: safe_open, info: TensorInfo, stack: bool) -> Iterator[Tensor]:
-    with _unchanged(info.file):
+    with unchanged(info.file):
         yield from info.items() if stack else (info.read(file),)
 
 
 @contextlib.contextmanager
-def _unchanged(path: Path) -> Iterator[None]:
+def unchanged(path: Path) -> Iterator[None]:
+    """Name a checked file in the error of a read. Raises: CheckpointError."""
     try:
         yield
     except READ_ERRORS as error:

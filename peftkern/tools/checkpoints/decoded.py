@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from safetensors import safe_open
 from torch import Tensor
 
-from peftkern.tools.checkpoints.checkpoint import Checkpoint, TensorInfo
+from peftkern.formats.block_weight import QuantizedWeight
+from peftkern.layers.expert_stack import ExpertStack, expert_weight
+from peftkern.tools.checkpoints.checkpoint import Checkpoint, TensorInfo, unchanged
 from peftkern.tools.checkpoints.streaming import DTYPE_NAMES
 from peftkern.tools.checkpoints.weights import Weight, find_weights, join_stacks
 
@@ -38,6 +40,16 @@ class DecodedInfo(TensorInfo):
         if not self.weight.stack:
             return iter(self.weight.read())
         return (one.read() for one in self.weight.experts())
+
+    def quantized(self) -> Iterator[QuantizedWeight]:
+        """Yield the weight as it is stored, that of each expert of a stack.
+
+        Raises: CheckpointError if its file has changed since it was checked.
+        """
+        for one in self.weight.experts() if self.weight.stack else (self.weight,):
+            with unchanged(self.file):
+                stored = one.stored()
+            yield expert_weight(stored) if isinstance(stored, ExpertStack) else stored
 
 
 def decoded(checkpoint: Checkpoint) -> Checkpoint:

@@ -13,9 +13,13 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
+import peftkern
+from peftkern.formats.table import NUMBERS
 from peftkern.tools.adapters import Adapter, AdapterError, write_adapter
-from peftkern.tools.adapters.extract import ExtractRule, extract, noise_edge
+from peftkern.tools.adapters.extract import ExtractRule, extract
+from peftkern.tools.adapters.noise import dense_rounding, noise_edge, quantized_rounding
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
+from peftkern.tools.checkpoints.four_bit import FourBit
 
 IDS = torch.arange(20)[None]
 PLANTED = 3
@@ -105,8 +109,17 @@ def test_the_edge_of_noise_finds_what_was_planted_below_the_rounding(tmp_path):
 def test_the_edge_is_the_largest_value_of_the_rounding(dtype):
     weight = torch.randn(400, 300)
     rounding = weight.to(dtype).float() - weight
-    edge = noise_edge(weight.to(dtype))
+    edge = noise_edge(dense_rounding(weight.to(dtype)), (400, 300))
     assert torch.linalg.svdvals(rounding)[0].item() == pytest.approx(edge, rel=0.1)
+
+
+@pytest.mark.parametrize("format", NUMBERS)
+def test_the_edge_is_the_largest_value_of_the_rounding_to_4_bits(format):
+    """Or above it, by little: it errs towards what is noise."""
+    weight = 0.02 * torch.randn(400, 384)
+    stored = FourBit.of(format, nested=True).quantize(weight)
+    top = torch.linalg.svdvals(peftkern.dequantize(stored) - weight)[0].item()
+    assert 0.95 < noise_edge(quantized_rounding(stored), (400, 384)) / top < 1.2
 
 
 def test_what_did_not_change_is_left_out_and_biases_are_carried(tmp_path):
