@@ -118,13 +118,13 @@ def multiply(spaces: Sequence[Krylov], transposed: bool, run: Run) -> None:
     for space, *others in groups:
         x = torch.cat([one.K[one.newest] for one in (space, *others)])
         first = space.norm is None
-        work += [(space.panels, rows, x, transposed, first) for rows in space.panels.slices]
+        work += [(space.panels, rows, x, transposed, first) for rows in space.panels.product_slices]
     found = run(lambda one: one[0].products(*one[1:]), work)
     for group in groups:
         panels, widths = group[0].panels, [space.width for space in group]
         Y = group[0].K.new_empty(sum(widths), panels.m)
         Z, total = Y.new_zeros(len(Y), panels.n), 0.0
-        for rows in panels.slices:
+        for rows in panels.product_slices:
             y, z, squares = next(found)
             Y[:, rows] = y
             if transposed:

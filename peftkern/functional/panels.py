@@ -21,7 +21,7 @@ from peftkern.formats.table import cut
 
 _ON_CPU = 1 << 20  # values of a panel: 4 MB
 _ELSEWHERE = 1 << 25  # fewer launches, 128 MB
-_LEAST = 64  # rows of a panel: beside fewer, x and z are most of what `products` moves
+_TASKS, _JOINED = 8, 4  # of `product_slices`: what threads share, and panels of one at most
 Item, Found = TypeVar("Item"), TypeVar("Found")
 Run = Callable[[Callable[[Item], Found], Iterable[Item]], Iterator[Found]]
 
@@ -53,6 +53,18 @@ class Panels:
         """Rows of every panel."""
         return [slice(i, min(i + self.rows, self.m)) for i in range(0, self.m, self.rows)]
 
+    @property
+    def product_slices(self) -> list[slice]:
+        """Rows of every call of `products`: panels joined where none is decoded into memory.
+
+        A call costs 1 ms of processor time beside its products, as much as 150 rows of 4096
+        columns with 24 vectors (EPYC with AVX2, November 2026).
+        """
+        count = -(-self.m // self.rows)
+        joined = min(max(count // _TASKS, 1), _JOINED) if self._stored else 1
+        rows = joined * self.rows
+        return [slice(i, min(i + rows, self.m)) for i in range(0, self.m, rows)]
+
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield rows and their panel, one after the other."""
         return ((rows, self.read(rows)) for rows in self.slices)
@@ -74,13 +86,17 @@ class Panels:
         """Return y = x W^T, z = y W and the squared norms of the rows W of a panel.
 
         z and the squares are empty if they are not needed. What is one weight is multiplied as it
-        is stored, if it can be.
+        is stored, if it can be. Rows are one of `product_slices`.
         """
-        first, *minus = self._parts
-        alone = not minus and self.scale == 1.0 and (first.dense or self.device.type == "cpu")
-        weight = first.stored(rows) if alone else (self.read(rows),)
+        weight = self._parts[0].stored(rows) if self._stored else (self.read(rows),)
         op = "gram_product" if len(weight) == 1 else "nf4_gram_product"
         return ops.run(op, *weight, x, need_z, need_squares)
+
+    @property
+    def _stored(self) -> bool:
+        """Whether the matrix is one weight that is multiplied as it is stored."""
+        first, *minus = self._parts
+        return not minus and self.scale == 1.0 and (first.dense or self.device.type == "cpu")
 
     def release(self) -> None:
         """Free the buffers of all threads, which the next `read` would make again."""

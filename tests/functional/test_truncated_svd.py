@@ -267,6 +267,35 @@ def test_bits_do_not_depend_on_threads(rank):
             assert all(torch.equal(*pair) for pair in zip(column, first, strict=True))
 
 
+def test_panels_are_joined_for_products_of_one_stored_weight(monkeypatch):
+    """As many as 8 calls share out, whatever the threads; what has to be decoded is not joined."""
+    monkeypatch.setattr("peftkern.functional.panels._ON_CPU", 1 << 14)
+    W = torch.randn(1100, 576)
+    w, before = quantize_nf4(W), torch.get_num_threads()
+    for weight, minus, joined in (
+        (W, None, 4),
+        (w, None, 4),
+        (quantize_nf4(W[:260]), None, 1),
+        (W, w, 1),
+    ):
+        panels = Panels(weight, minus)
+        assert len(panels.slices) > 8
+        found = panels.product_slices
+        assert {rows.stop - rows.start for rows in found[:-1]} == {joined * panels.rows}
+        assert [i for rows in found for i in range(rows.start, rows.stop)] == [*range(panels.m)]
+    runs = []
+    try:
+        for threads in (1, 2, 7):
+            torch.set_num_threads(threads)
+            runs.append(truncated_svd([w, W], 8, sweeps=3, certify=True))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        for column, first in zip(run, runs[0], strict=True):
+            assert all(torch.equal(*pair) for pair in zip(column, first, strict=True))
+    check(TruncatedSVD(*(column[1] for column in runs[0])), W, 8, float(runs[0].certificate[1]))
+
+
 def test_inference_mode_and_a_forced_back_end_reach_all_threads():
     w, before = quantize_nf4(torch.randn(1100, 2048)), torch.get_num_threads()
     try:
