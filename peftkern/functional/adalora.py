@@ -23,7 +23,7 @@ from peftkern.functional.arguments import (
     mismatch,
     tensor_list,
 )
-from peftkern.functional.autograd import partial_gradients
+from peftkern.functional.autograd import batchable, partial_gradients
 from peftkern.functional.triplet_selection import select_triplets
 
 __all__ = ["adalora_allocate_", "adalora_importance_", "orthogonality_loss"]
@@ -224,6 +224,7 @@ class _OrthogonalityLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @batchable
     def backward(ctx, dloss):
         residual, factors, *matrices = ctx.saved_tensors
         lora_A, lora_B = matrices[: ctx.count], matrices[ctx.count :]

@@ -9,6 +9,7 @@ operations, which autograd differentiates once more.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,45 @@ from torch import Tensor
 
 from peftkern.backends import dispatch, ops, reference
 from peftkern.functional.arguments import autocast_to
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def batchable(backward: Callable[[Any, Tensor], Gradients]) -> Callable[[Any, Tensor], Gradients]:
+    """Run a backward pass once for each gradient of a batch, where torch gives it a batch.
+
+    So do is_grads_batched of torch.autograd.grad, vectorize=True of jacobian and hessian, and vmap
+    over a call of autograd: they have rules for torch's operations, which a pass under create_graph
+    takes, and none for kernels.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx: Any, dy: Tensor) -> Gradients:
+        found = None
+        if not (torch.compiler.is_compiling() or torch.is_grad_enabled()):
+            found = _batch(dy)
+        if found is None:
+            return backward(ctx, dy)
+        rows, batched = found
+        grads = zip(*(run(ctx, row) for row in rows), strict=True)
+        return tuple(None if each[0] is None else batched(torch.stack(each)) for each in grads)
+
+    return run
+
+
+def _batch(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """Return what vmap has made one tensor of, by rows, and what makes such a tensor of rows."""
+    functorch = torch._C._functorch
+    if functorch.is_batchedtensor(tensor):
+        level = functorch.maybe_get_level(tensor)
+        rows, dim = functorch._unwrap_batched(tensor, level)
+        return rows.movedim(dim, 0), lambda rows: functorch._add_batch_dim(rows, 0, level)
+    if functorch.is_legacy_batchedtensor(tensor):  # of autograd's own vmap
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        rows = torch._remove_batch_dim(tensor, level, 0, 0)
+        return rows, lambda rows: torch._add_batch_dim(rows, 0, level)
+    return None
 
 
 class LowRankLinear(torch.autograd.Function):
@@ -52,6 +92,7 @@ class LowRankLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @batchable
     def backward(ctx, dy):
         x, S, keep, lora_A, lora_B, weight = saved_tensors(ctx)
         scaling, dropout_p, needs, dtype, packed, layout = ctx.options

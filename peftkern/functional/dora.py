@@ -29,6 +29,7 @@ from peftkern.functional.arguments import (
     mismatch,
 )
 from peftkern.functional.autograd import (
+    batchable,
     dense,
     forced_backend,
     gradients,
@@ -163,6 +164,7 @@ class _DoRALinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @batchable
     def backward(ctx, dy):
         if torch.is_grad_enabled():  # create_graph
             grads = _differentiable_backward(dy, *saved_tensors(ctx), ctx=ctx)

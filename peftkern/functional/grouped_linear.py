@@ -21,6 +21,7 @@ from peftkern.functional.arguments import (
     number,
 )
 from peftkern.functional.autograd import (
+    batchable,
     forced_backend,
     save_for_backward,
     saved_tensors,
@@ -144,6 +145,7 @@ class GroupedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @batchable
     def backward(ctx, dy):
         x, S, lora_A, lora_B, rows, offsets, *weight = saved_tensors(ctx)
         needs = ctx.options[2]

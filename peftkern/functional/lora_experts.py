@@ -23,6 +23,7 @@ from peftkern.backends import ops
 from peftkern.formats.nf4 import NF4Weight
 from peftkern.functional.arguments import check_float, check_tensor, mismatch
 from peftkern.functional.autograd import (
+    batchable,
     forced_backend,
     partial_gradients,
     save_for_backward,
@@ -160,6 +161,7 @@ class LoraExperts(torch.autograd.Function):
         return y
 
     @staticmethod
+    @batchable
     def backward(ctx, dy):
         saved = saved_tensors(ctx)
         if torch.is_grad_enabled():

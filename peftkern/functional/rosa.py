@@ -27,6 +27,7 @@ from peftkern.functional.arguments import (
     mismatch,
 )
 from peftkern.functional.autograd import (
+    batchable,
     dense,
     differentiable_gradients,
     forced_backend,
@@ -244,6 +245,7 @@ class _RoSALinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @batchable
     def backward(ctx, dy):
         unused = [None] * (len(ctx.needs_input_grad) - len(ctx.needs))
         if torch.is_grad_enabled():  # create_graph
