@@ -79,7 +79,8 @@ def init(
     does. pissa and olora write a dense base, qpissa and loftq one in NF4, all four a tensor at a
     time; a stopped run resumes when it is repeated. They start experts, too, if these are named:
     --target experts.down_proj. corda, eva, which starts experts as well, and lora_ga load the model
-    and run the texts through it.
+    and run the texts through it, in 4 bits if BASE is: what corda and lora_ga leave of it is
+    quantized again, as it was.
 
     Load: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(DST), DST + "/adapter",
     is_trainable=True).
@@ -113,7 +114,7 @@ def init(
         if ranks is not None:
             how, names = read_ranks(ranks)
         request = Request(method, tol=tol, certify=certify, steps=steps, seed=seed, **how)
-        base = decoded(read_checkpoint(source, quantized=method in FROM_WEIGHTS))
+        base = decoded(read_checkpoint(source, quantized=True))
         if method in FROM_DATA:
             sizes = {"most": texts, "length": length, "shard_bytes": shard_bytes}
             job = from_text.prepare(

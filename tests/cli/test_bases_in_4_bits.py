@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import config_of, load_tensors
+from checkpoint_folders import config_of, load_tensors, save_characters
 from command_line import refused
 from decoded_folders import decode, dense_values, mixture_in_4_bits
 from merged_folders import (
@@ -21,6 +21,7 @@ from merged_folders import (
     save_base,
 )
 from merged_folders import mixture as dense_mixture
+from peft import PeftModel
 from quantized_folders import convert
 from torch import Tensor
 
@@ -167,3 +168,67 @@ def test_what_is_quantized_otherwise_is_no_side_of_an_extraction(gpt2, tmp_path,
         command = ("adapter", "extract", base, tuned, tmp_path / "dst")
         refused(capfd, "got quant_method 'gptq'", *command)
     assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("method", ["eva", "corda", "lora_ga"])
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_texts_start_layers_of_a_base_in_4_bits(tmp_path, capsys, method, format):
+    """As those of a model in memory; what is left of a weight is quantized as it was."""
+    base, texts = save_base(tmp_path / "base", make_model(num_hidden_layers=1)), tmp_path / "t.txt"
+    save_characters(base)
+    convert(base, tmp_path / "stored", format=format, blocksize=32)
+    texts.write_text("thequickbrownfox\njumpsoverthelazydog\n")
+    options = ("--rank", 4, "--alpha", 6, "--data", texts, "--target", "q_proj")
+    record = printed(capsys, "init", method, tmp_path / "stored", tmp_path / "dst", *options)
+    assert [layer["name"] for layer in record["layers"]] == ["model.layers.0.self_attn.q_proj"]
+    weights, alone = (dense_values(load(tmp_path / name)) for name in ("stored", "dst"))
+    names = {name for name in weights if method == "eva" or "q_proj" not in name}
+    assert_same_tensors(*({name: one[name] for name in names} for one in (alone, weights)))
+    assert load_tensors(tmp_path / "dst").keys() == load_tensors(tmp_path / "stored").keys()
+    adapted = PeftModel.from_pretrained(load(tmp_path / "dst"), tmp_path / "dst" / "adapter")
+    layer = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")
+    before, after = (
+        one["model.layers.0.self_attn.q_proj.weight"].float() for one in (weights, alone)
+    )
+    update = layer.get_delta_weight("default").float()
+    error = (after + update - before).norm() / before.norm()
+    assert layer.lora_A["default"].weight.any() and error < 0.15
+    if method != "eva":
+        assert update.any() and error < record["layers"][0]["error"] + 2**-8  # of 16 bits
+
+
+@pytest.mark.parametrize("mixture", KINDS[:2], indirect=True)
+def test_texts_start_experts_in_4_bits(mixture, tmp_path, capsys):
+    stored, texts = shutil.copytree(mixture[0], tmp_path / "stored"), tmp_path / "texts.txt"
+    save_characters(stored)
+    texts.write_text("thequickbrownfox\njumpsoverthelazydog\n")
+    options = ("--rank", 4, "--data", texts, *TARGETS)
+    record = printed(capsys, "init", "eva", stored, tmp_path / "dst", *options)
+    assert {layer["name"].rpartition("mlp.")[2] for layer in record["layers"]} > {*NAMES[1:]}
+    assert_same_tensors(*(dense_values(load(one)) for one in (tmp_path / "dst", stored)))
+    adapter = load_tensors(tmp_path / "dst" / "adapter")
+    A = [value for name, value in adapter.items() if "experts" in name and "lora_A" in name]
+    assert len(A) == 2 and all(value.any() for value in A)
+    complaint = "experts.gate_up_proj: expected one of pissa, olora, qpissa, loftq, eva to start"
+    refused(capsys, complaint, "init", "corda", stored, tmp_path / "other", *options)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("mixture", KINDS[2:], indirect=True)
+def test_texts_do_not_start_a_model_that_cannot_be_saved(mixture, tmp_path, capfd):
+    (tmp_path / "texts.txt").write_text("thequickbrownfox\n")
+    for method in ("eva", "corda", "lora_ga"):
+        command = ("init", method, mixture[0], tmp_path / "dst", "--data", tmp_path / "texts.txt")
+        complaint = f"_proj: {method} loads the whole model and saves it, and experts in MXFP4"
+        refused(capfd, complaint, *command)
+    assert not (tmp_path / "dst").exists()
+
+
+def test_texts_start_layers_that_a_dense_model_keeps_transposed(gpt2, tmp_path, capsys):
+    stored, texts = shutil.copytree(gpt2[0], tmp_path / "stored"), tmp_path / "texts.txt"
+    save_characters(stored)
+    texts.write_text("thequickbrownfox\n")
+    assert run("init", "eva", stored, tmp_path / "dst", "--rank", 4, "--data", texts) == 0
+    config = json.loads((tmp_path / "dst" / "adapter" / "adapter_config.json").read_text())
+    assert not config["fan_in_fan_out"]
+    PeftModel.from_pretrained(load(tmp_path / "dst"), tmp_path / "dst" / "adapter")

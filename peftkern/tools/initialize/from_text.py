@@ -16,7 +16,8 @@ from peftkern.tools.checkpoints import staging
 from peftkern.tools.checkpoints.architecture import model_class
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.checkpoints.companions import Companions, find_companions
-from peftkern.tools.initialize.request import Request, find_targets
+from peftkern.tools.checkpoints.decoded import DecodedInfo
+from peftkern.tools.initialize.request import Request, find_targets, keeps_transposed
 from peftkern.tools.initialize.starts import ADAPTER
 from peftkern.tools.initialize.texts import read_batches
 
@@ -56,7 +57,10 @@ class TextJob:
             base = os.path.abspath(self.destination)
             report.model.peft_config["default"].base_model_name_or_path = base
             report.model.save_pretrained(files / ADAPTER)
-            report.model.unload().save_pretrained(files, max_shard_size=self.shard_bytes)
+            # What loading does to bitsandbytes' 4 bits transformers has no way back from.
+            back = getattr(model, "quantization_method", None) != "bitsandbytes"
+            how = {"max_shard_size": self.shard_bytes, "save_original_format": back}
+            report.model.unload().save_pretrained(files, **how)
             staging.publish(work, self.destination, [p.name for p in files.glob("*.safetensors")])
         return report
 
@@ -76,13 +80,16 @@ def prepare(
 ) -> TextJob:
     """Check a request of "corda", "eva" or "lora_ga".
 
-    Args: data, a file of texts as `read_batches` takes it, of which the first `most` are taken, and
-        of each the first `length` tokens.
+    Args: checkpoint, dense, or `decoded`, whose model is loaded as it is stored; data, a file of
+        texts as `read_batches` takes it, of which the first `most` are taken, and of each the first
+        `length` tokens.
     Raises: CheckpointError for what cannot be done.
     """
+    _check_saved(checkpoint, request.method)
     half = request.method == "lora_ga"
     how = {"half": half, "method": request.method}
-    _, config = find_targets(checkpoint, names, request.rank_of, **how)
+    targets, config = find_targets(checkpoint, names, request.rank_of, **how)
+    config.fan_in_fan_out = keeps_transposed(checkpoint, targets)
     companions = find_companions(checkpoint)
     destination = Path(destination)
     staging.check_destination(checkpoint.folder, destination, force, companions.copied)
@@ -91,6 +98,17 @@ def prepare(
     batches = read_batches(checkpoint, data, most, length, loss=loss, seed=request.seed)
     parts = (companions, batches, shard_bytes, device)
     return TextJob(checkpoint, destination, request, config, *parts)
+
+
+def _check_saved(checkpoint: Checkpoint, method: str) -> None:
+    """Raise CheckpointError for a model that transformers loads and cannot save."""
+    for info in checkpoint.tensors.values():
+        stack = isinstance(info, DecodedInfo) and info.weight.stack
+        if stack and info.weight.four_bit.format == "mxfp4":
+            raise CheckpointError(
+                f"{checkpoint.folder}: {info.name}: {method} loads the whole model and saves it, "
+                "and experts in MXFP4 transformers does not save; expected dense ones, or in NF4"
+            )
 
 
 def load_model(checkpoint: Checkpoint, device: str) -> Any:

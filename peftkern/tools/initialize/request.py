@@ -22,6 +22,7 @@ from peftkern.methods.initialization.factors import check_rank
 from peftkern.tools.adapters.extract_experts import Stack, find_stack
 from peftkern.tools.checkpoints.architecture import Load, check_shape, find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
+from peftkern.tools.checkpoints.decoded import DecodedInfo
 
 DTYPES = ("F32", "F16", "BF16")
 
@@ -162,6 +163,15 @@ def find_targets(
     config.target_parameters = parameter_names(model, named) or None
     config.fan_in_fan_out = any(t.transposed for t in chosen.values() if not t.parameter)
     return chosen, config
+
+
+def keeps_transposed(checkpoint: Checkpoint, targets: Mapping[str, Target]) -> bool:
+    """Return whether a loaded model keeps any of these layers as [n, m]: none that is in 4 bits."""
+    return any(
+        target.transposed and not target.parameter
+        for name, target in targets.items()
+        if not isinstance(checkpoint.tensors[name], DecodedInfo)
+    )
 
 
 def choose_modules(

@@ -28,12 +28,12 @@ from peftkern.methods.rank_choice import LoraBudget, matrix_spectra
 from peftkern.tools.adapters.extract_experts import Stack, read_tensor
 from peftkern.tools.checkpoints.architecture import meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
-from peftkern.tools.checkpoints.decoded import DecodedInfo
 from peftkern.tools.initialize.from_text import load_model
 from peftkern.tools.initialize.request import (
     Target,
     choose_modules,
     find_targets,
+    keeps_transposed,
     target_config,
 )
 from peftkern.tools.initialize.texts import read_batches
@@ -112,10 +112,7 @@ def _checkpoint_targets(
     others = stack_names(model, names)
     targets, config = find_targets(checkpoint, names, model=model, others=others)
     config.target_parameters = stack_targets(model, others)
-    config.fan_in_fan_out = any(  # what is in 4 bits is never transposed
-        target.transposed and not isinstance(checkpoint.tensors[name], DecodedInfo)
-        for name, target in targets.items()
-    )
+    config.fan_in_fan_out = keeps_transposed(checkpoint, targets)
     return targets, config
 
 
