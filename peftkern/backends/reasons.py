@@ -36,6 +36,7 @@ TABLE: dict[str, dict[str, str]] = {
             "`peftkern.register_layer(cls, read=...)`."
         ),
         "forward is replaced on the instance": "Patch before whatever replaces it, or undo that.",
+        "forward is replaced on the class": "Undo that, or leave these layers to it.",
         "global module hooks": "Remove the hook registered for every module of the process.",
         "hooks on {role}": _HOOK,
         "forward of {role} is replaced": "Another library has put a forward there: undo that.",
@@ -59,6 +60,7 @@ TABLE: dict[str, dict[str, str]] = {
             "with PEFT's `fsdp_auto_wrap_policy`, which keeps what is trained apart."
         ),
         "lora_A has a bias": _PEFT,
+        "scaling is no number": _PEFT,
         "lora_dropout is {module}": "Only nn.Dropout with p below 1, and not in place, is served.",
         "lora_variant {kind}": "Of PEFT's variants DoRA alone is served. " + _PEFT,
         "lora_magnitude_vector is {kind}": _PEFT,

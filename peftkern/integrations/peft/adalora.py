@@ -337,6 +337,9 @@ class PatchedAdaLoraModel(AdaLoraModel):
         return None
 
 
+PatchedAdaLoraModel.__name__ = AdaLoraModel.__name__  # what repr shows
+
+
 def is_tuner(module: nn.Module) -> bool:
     """Return whether a module is an AdaLoraModel that can be patched, or is."""
     kinds = (AdaLoraModel, PatchedAdaLoraModel)

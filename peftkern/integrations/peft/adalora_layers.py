@@ -41,6 +41,9 @@ class SVDLayer(PatchedLayer):
             or unusual_dropout(drop)
             or hooked(device, lora_dropout=drop)
         )
+        scaling = self.scaling[names[0]]
+        if reason is None and isinstance(scaling, Tensor) and scaling.dim():
+            reason = "scaling is no number"  # but one of each output
         return Adapter(A, B, drop) if reason is None else Fallback(reason)
 
     def _fuse_first(self, name: str, adapter: Adapter, base: Base) -> Tensor:

@@ -56,12 +56,14 @@ class PatchedForward:
     """Mixin of the swapped classes, each a subclass of its class `original`."""
 
     original: type
+    own_forward: Callable[..., Tensor]  # of `original`, as it came
     op: str  # under which a fallback is counted
 
     def __init_subclass__(cls) -> None:
         if "original" in cls.__dict__:
             # What repr shows, and PEFT and accelerate ask for; pickle goes by __qualname__.
             cls.__name__ = cls.original.__name__
+            cls.own_forward = cls.original.forward
             if cls.peer_forward is PatchedForward.peer_forward:
                 cls.peer_forward = cls.original.forward  # a call less, of a microsecond
 

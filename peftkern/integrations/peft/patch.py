@@ -216,6 +216,8 @@ def _plan(model: nn.Module, chosen: Chosen) -> _Plan:
             report.skipped[name] = f"{_label(kind)} has no kernel"
         elif kind is original and kept_forward(module) is None:
             report.skipped[name] = "forward is replaced on the instance"
+        elif kind is original and SWAPS[original].own_forward is not original.forward:
+            report.skipped[name] = "forward is replaced on the class"
         elif (wrong := _other_parts(module, SWAPS[original], plan)) is not None:
             report.skipped[name] = wrong
         else:

@@ -14,7 +14,7 @@ import torch
 import trainers
 from adalora_models import STEPS, adalora_llama, optimizer_of
 from peft import AdaLoraConfig, PeftModel, get_peft_model
-from peft.tuners.adalora.layer import RankAllocator, SVDLinear
+from peft.tuners.adalora.layer import AdaLoraLayer, RankAllocator, SVDLinear
 from peft.tuners.adalora.model import AdaLoraModel
 from peft_models import (
     K,
@@ -206,12 +206,26 @@ def test_unusual_states_fall_back() -> None:
     assert served_by_us() == 0
 
 
+@pytest.mark.parametrize("make", [make_linear, make_linear4bit])
+def test_a_scaling_for_each_output_is_pefts(make) -> None:
+    theirs = one_layer(make()).eval()
+    ours = patched_copy(theirs)
+    x = torch.randn(2, K, requires_grad=True)
+    for model in (ours, theirs):
+        layer = next(m for m in model.modules() if isinstance(m, AdaLoraLayer))
+        layer.scaling["default"] = torch.linspace(0.5, 1.5, layer.out_features)
+    peftkern.reset_stats()
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert fallbacks() == {"scaling is no number": 1}
+
+
 def test_patch_changes_classes_alone_and_unpatch_restores_them() -> None:
     model = adalora_llama()
     before, keys = copy.deepcopy(model.base_model.rankallocator.__dict__), list(model.state_dict())
+    said = repr(model)
     report = peftkern.patch(model)
     assert report.kinds == {"adalora.SVDLinear": 14, "adalora.AdaLoraModel": 1}
-    assert list(model.state_dict()) == keys
+    assert list(model.state_dict()) == keys and repr(model) == said
     assert peftkern.patch(model).patched == report.patched  # once more changes nothing
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     assert type(layer) is not SVDLinear and isinstance(layer, SVDLinear)

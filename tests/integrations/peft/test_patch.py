@@ -200,6 +200,16 @@ def test_layers_that_are_not_pefts_own_are_skipped():
         assert report.patched == [] and why in str(report) and type(layer) is kind
 
 
+def test_layers_whose_class_has_another_forward_are_skipped(monkeypatch):
+    model = lora_net(make_linear())
+    x, own = torch.randn(2, K), lora.Linear.forward
+    monkeypatch.setattr(lora.Linear, "forward", lambda self, x: own(self, x) * 2)
+    expected = model(x)
+    report = peftkern.patch(model)
+    assert report.patched == [] and "forward is replaced on the class" in str(report)
+    assert torch.equal(model(x), expected)
+
+
 def test_report_tells_what_falls_back_now_and_is_json():
     model = add_lora(tiny_llama(), alora_invocation_tokens=[1])
     model.base_model.model.extra = get_peft_model(
