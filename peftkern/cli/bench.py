@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from peftkern.cli.frame import InputError, bad_input
+from peftkern.cli.frame import InputError, bad_input, refuse_useless
 
 # Options that apply even if nothing is measured; of --model alone, and of all but --model.
 WITH_FROM = ("from_", "csv", "html", "compare", "fail_if", "repro")
@@ -162,26 +161,20 @@ def bench(
         training = None if model is None else training_step.Options(**own)
         options = command.Options(**given, training=training)
         if from_ is not None:
-            _refuse(context, lambda name: name not in WITH_FROM, FROM)
+            refuse_useless(context, lambda name: name not in WITH_FROM, FROM)
             with command.naming("--from"):
                 earlier = record.read(from_)
             outputs = command.outputs(options, {case["name"] for case in earlier["cases"]})
         else:
             if model is None:
-                _refuse(context, lambda name: name in OF_MODEL, "{}: needs --model")
+                refuse_useless(context, lambda name: name in OF_MODEL, "{}: needs --model")
             else:
-                _refuse(context, lambda name: name in OF_OPS, "{}: has no effect with --model")
+                refuse_useless(
+                    context, lambda name: name in OF_OPS, "{}: has no effect with --model"
+                )
             plan = command.plan(options)
     try:
         status = command.execute(plan) if from_ is None else command.tell(earlier, outputs)
     except command.BenchError as error:
         raise InputError(str(error)) from error
     raise typer.Exit(status)
-
-
-def _refuse(context: typer.Context, useless: Callable[[str], bool], why: str) -> None:
-    """Refuse options that have no effect. Raises: ValueError with `why` about the first of them."""
-    for parameter in context.command.params:
-        source = context.get_parameter_source(parameter.name)
-        if useless(parameter.name) and source is not None and source.name == "COMMANDLINE":
-            raise ValueError(why.format(parameter.opts[0]))

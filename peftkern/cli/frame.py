@@ -143,6 +143,14 @@ def check_page(option: str, path: Path | None) -> None:
             pages.require(option)
 
 
+def refuse_useless(context: typer.Context, useless: Callable[[str], bool], why: str) -> None:
+    """Refuse options that have no effect. Raises: InputError with `why` about the first of them."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name)
+        if useless(parameter.name) and source is not None and source.name == "COMMANDLINE":
+            raise InputError(why.format(parameter.opts[0]))
+
+
 def write_page(path: Path, text: str) -> None:
     from peftkern.tools.bench import machine
 

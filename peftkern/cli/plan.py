@@ -106,10 +106,13 @@ def plan(
 
     On eight devices: peftkern plan llama3-70b --devices 8 --shard fsdp2 --fit 80GB
     """
-    from peftkern.cli.frame import bad_input, dtype_name, parse_bytes
+    from peftkern.cli.frame import bad_input, dtype_name, parse_bytes, refuse_useless
     from peftkern.tools import tables
     from peftkern.tools.plan import plan as planning
 
+    if adapter is not None:
+        useless = ("r", "targets", "dropout")
+        refuse_useless(context, lambda name: name in useless, "{}: has no effect with --adapter")
     budget = None if fit is None else parse_bytes("--fit", fit)
     if base is not None:
         base = dtype_name("--base", base, planning.ACCEPTED["base"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from command_line import refused, run_main
 from paths import ROOT
+from peft import LoraConfig
 
 from peftkern.cli import main
 
@@ -72,7 +73,10 @@ def test_small_model_of_a_folder_is_shown_in_mb(tmp_path, capsys):
         (["llama3-8b", "--dtype", "fp16"], "--dtype: expected one of bf16, fp32, got 'fp16'"),
         (["llama3-8b", "--adapter-dtype", "nf4"], "--adapter-dtype: expected one of bf16, fp32"),
         (["llama3-8b", "--base", "int8"], "--base: expected one of bf16, fp32, nf4, fp4, mxfp4"),
-        (["llama3-8b", "--devices", "8"], "--devices: expected 1 where shard does not say"),
+        (
+            ["llama3-8b", "--devices", "8"],
+            "--devices: expected 1 unless the model is shared by",
+        ),
         (["llama3-8b", "--shard", "fsdp2"], "--devices: fsdp2 needs at least 2, got 1"),
         (["llama3-8b", "--no-reshard"], "--reshard: an option of shard fsdp2"),
         ([], "Missing argument"),
@@ -85,11 +89,16 @@ def test_bad_input_is_one_line_and_status_2(arguments, complaint, capfd, monkeyp
 
 def test_adapters_of_a_config_are_planned(tmp_path, capfd):
     path = tmp_path / "adapter_config.json"
-    path.write_text(json.dumps({"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}))
+    config = LoraConfig(r=4, target_modules=["q_proj"], inference_mode=True)  # as PEFT saves it
+    config.save_pretrained(tmp_path)
     asked = ["plan", "qwen2.5-0.5b", "--sequence", "8", "--adapter", str(tmp_path), "--json"]
     assert main(asked) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["plan"]["trainable"] == 24 * 4 * 2 * 896
+    for option in ("--r=4", "--targets=q_proj", "--dropout=0"):
+        name = option.partition("=")[0]
+        refused(capfd, f"{name}: has no effect with --adapter", *asked, option)
+    refused(capfd, "--adapter: expected none with method full", *asked, "--method", "full")
     path.write_text("{}")
     refused(capfd, f"--adapter: {path.parent}: expected a PEFT config with a peft_type", *asked)
 

@@ -204,7 +204,8 @@ def peft_config(model: nn.Module, training: Any) -> Any:
         return None
     if training.adapter is not None:
         try:
-            return peft.get_peft_config(dict(training.adapter))
+            # which an adapter that was saved sets; a plan is one of training
+            return peft.get_peft_config({**training.adapter, "inference_mode": False})
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"adapter: PEFT has no such config: {error}") from error
     modules, experts = adapter_targets(model, ",".join(training.targets))

@@ -114,6 +114,8 @@ class Training:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= _LARGEST:
                 raise ValueError(f"{name}: expected an integer from 1 to {_LARGEST}, got {value!r}")
+        if self.adapter is not None and self.method == "full":
+            raise ValueError("adapter: expected none with method full")
         if self.target_r is not None:
             self._check_target()
         self._check_devices()
@@ -200,8 +202,8 @@ class Training:
             )
         if self.shard is None and self.devices > 1:
             raise ValueError(
-                f"devices: expected 1 where shard does not say how they share the model (ddp, "
-                f"fsdp2 or zero3), got {self.devices}"
+                f"devices: expected 1 unless the model is shared by ddp, fsdp2 or zero3, got "
+                f"{self.devices}"
             )
         if self.shard is not None and self.devices == 1:
             raise ValueError(f"devices: {self.shard} needs at least 2, got 1")
