@@ -126,7 +126,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _with_value(error: Any, arguments: list[str]) -> str:
     """Return a complaint of typer's, which leaves out what came for an option."""
-    text, names = error.format_message(), getattr(getattr(error, "param", None), "opts", ())
+    text = error.format_message()
+    names = [name for name in getattr(getattr(error, "param", None), "opts", ()) if name[0] == "-"]
     for word, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = word.partition("=")
         if name in names and (value := value if equals else following) not in text:

@@ -15,6 +15,7 @@ from peftkern.cli.frame import (
     parse_bytes,
     present_device,
     progress_bar,
+    refuse_useless,
 )
 from peftkern.cli.options import (
     Certify,
@@ -34,9 +35,18 @@ if TYPE_CHECKING:
 
 FROM_WEIGHTS = ("pissa", "olora", "qpissa", "loftq")
 FROM_DATA = ("corda", "eva", "lora_ga")
+_IN_NF4 = ("qpissa", "loftq")
+_OF = {  # methods that an option is of, if it is not of all
+    "steps": ("loftq",),
+    "blocksize": _IN_NF4,
+    "double_quant": _IN_NF4,
+    "texts": FROM_DATA,
+    "length": FROM_DATA,
+}
 
 
 def init(
+    context: typer.Context,
     method: Annotated[
         str, typer.Argument(metavar="METHOD", help=", ".join((*FROM_WEIGHTS, *FROM_DATA)) + ".")
     ],
@@ -94,6 +104,8 @@ def init(
     if (data is None) == (method in FROM_DATA):
         expected = "a file of texts" if method in FROM_DATA else "none: it starts from weights"
         raise InputError(f"--data: expected {expected} for {method}, got {data or 'none'}")
+    why = f"{{}}: has no effect on {method}"
+    refuse_useless(context, lambda name: method not in _OF.get(name, (method,)), why)
     if ranks is not None:
         given = {"--rank": rank, "--alpha": alpha, "--rslora": rslora or None, "--target": target}
         for name, value in given.items():

@@ -17,6 +17,7 @@ from peftkern.cli.frame import (
     parse_bytes,
     present_device,
     progress_bar,
+    refuse_useless,
     write_page,
 )
 from peftkern.cli.options import Certify, Device, Html, Json, Length, RsLora, Seed
@@ -31,6 +32,7 @@ _OPTIONS += ("target", "texts", "tol")
 
 
 def ranks(
+    context: typer.Context,
     source: Annotated[
         Path,
         typer.Argument(metavar="MODEL", help="Folder with safetensors; or FILE.py, which is run."),
@@ -114,6 +116,9 @@ def ranks(
     if not program and (data is None) == (by in FROM_DATA):
         expected = "a file of texts" if by in FROM_DATA else "none: weights need no texts"
         raise InputError(f"--data: expected {expected} for {by}, got {data or 'none'}")
+    if by == "weights":
+        useless = ("texts", "length", "memory")
+        refuse_useless(context, lambda name: name in useless, "{}: has no effect on --by weights")
     statistics_bytes = parse_bytes("--memory", memory)
     device = str(present_device(device))
     check_page("--html", html)

@@ -118,7 +118,8 @@ def _print(outcome: Outcome) -> None:
         note = row.why if row.forward is None else "known before" if row.known else ""
         style = None if row.side == "peftkern" else "yellow"
         shown.add_row(row.title, *ratios, row.side, note, style=style)
-    tables.section(console, "Time of ours over PEFT's, and who serves", shown)
+    if outcome.rows:
+        tables.section(console, "Time of ours over PEFT's, and who serves", shown)
     for name, size in outcome.crossovers.items():
         if name.startswith("few_rows"):
             console.print(f"{name}: up to {size:,} rows take the path of few rows")

@@ -54,9 +54,8 @@ class Format(NamedTuple):
         if blocksize is None:
             return self.blocksizes[0] if len(self.blocksizes) == 1 else _USUAL_BLOCK[self.scales]
         if type(blocksize) is not int or blocksize not in self.blocksizes:
-            raise ValueError(
-                f"blocksize: expected one of {self.blocksizes} in {self.name}, got {blocksize!r}"
-            )
+            accepted = "one of " * (len(self.blocksizes) > 1) + ", ".join(map(str, self.blocksizes))
+            raise ValueError(f"blocksize: expected {accepted} in {self.name}, got {blocksize!r}")
         return blocksize
 
 

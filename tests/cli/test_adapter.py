@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from adapters import EXPERTS, save
@@ -85,6 +86,9 @@ def test_what_cannot_be_read_is_one_line(folder, capfd):
         refused(
             capfd, "--layout: expected one of peft, ", "adapter", command, "a", "--layout", "else"
         )
+    Path("empty").mkdir()
+    complaint = "empty: expected a folder with adapter_model.safetensors, got an empty one"
+    refused(capfd, complaint, "adapter", "inspect", "empty")
     refused(capfd, "--tol", "adapter", "verify", "a", "--tol", "-1")
     state = load_file("a/adapter_model.safetensors")
     name = "base_model.model.layers.0.q_proj.lora_B.weight"

@@ -69,6 +69,8 @@ def test_unusable_requests_are_one_line_and_leave_nothing(tmp_path, capfd):
     refused(capfd, "has no experts", *asked, "per-expert")
     refused(capfd, "--component: expected what", *asked, "kohya")
     refused(capfd, "--rank: expected an integer above 0", *asked, "lora", "--rank", 0)
+    refused(capfd, "--rank: of plain LoRA from DoRA, and mlx", *asked, "mlx", "--rank", 4)
+    refused(capfd, f"{tmp_path / 'a' / MODEL} has none", *asked, "lora", "--rank", 4)
     refused(capfd, "--initial: makes plain LoRA", *asked, "peft", "--initial", tmp_path)
     data = (tmp_path / "a" / MODEL).read_bytes()
     for length in (0, 7, 100, len(data) - 1):

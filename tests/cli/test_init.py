@@ -109,13 +109,14 @@ def test_weights_that_are_kept_transposed(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("method", ["corda", "eva", "lora_ga", "lora-ga"])
-def test_texts_start_adapters(source, tmp_path, capsys, method):
+def test_texts_start_adapters(source, tmp_path, capsys, recwarn, method):
     texts = tmp_path / "texts.txt"
     texts.write_text("thequickbrownfox\n\nx\njumpsoverthelazydog\n")
     destination = tmp_path / "dst"
     options = ("--rank", 4, "--data", texts, "--target", "q_proj", "--target", "down_proj")
     assert run(method, source, destination, *options) == 0
     assert f"{method.replace('-', '_')}: " in capsys.readouterr().out
+    assert not [w for w in recwarn if "config file" in str(w.message)]
     expected = logits(AutoModelForCausalLM.from_pretrained(source))
     torch.testing.assert_close(logits(loaded(destination)), expected, rtol=1e-3, atol=1e-4)
     assert (destination / "tokenizer.json").exists()
@@ -178,6 +179,10 @@ REFUSED = [
     (("loftq", "--target", "lm_head"), "--target: lm_head is not quantized, which loftq needs"),
     (("loftq", "--steps", "0"), "--steps: expected at least 1, got 0"),
     (("loftq", "--blocksize", "63"), "--blocksize: expected one of"),
+    (("pissa", "--steps", "5"), "--steps: has no effect on pissa"),
+    (("olora", "--no-double-quant"), "--double-quant: has no effect on olora"),
+    (("qpissa", "--length", "8"), "--length: has no effect on qpissa"),
+    (("eva", "--data", "short.txt", "--blocksize", "64"), "--blocksize: has no effect on eva"),
     (("eva",), "--data: expected a file of texts for eva, got none"),
     (("pissa", "--data", "x"), "--data: expected none: it starts from weights for pissa, got x"),
     (("eva", "--data", "missing.txt"), "missing.txt"),

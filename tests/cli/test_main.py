@@ -51,6 +51,7 @@ def test_help_and_version_do_not_wait_for_torch():
 def test_bad_input_is_one_line_and_status_2(capfd):
     refused(capfd, "No such command 'nonsense'", "nonsense")
     refused(capfd, "No such option: --loud", "version", "--loud")
+    refused(capfd, "Missing argument 'ADAPTER'.\n", "adapter", "inspect")
 
 
 @pytest.mark.parametrize("command", [name for name in commands_of(app) if name != "version"])

@@ -267,6 +267,9 @@ def test_a_file_of_python_that_lacks_something_is_one_line(tmp_path, capfd):
         refused(capfd, complaint, "ranks", file, "--by", by)
     given = ("ranks", file, "--by", "gora")
     refused(capfd, "--data: expected none beside", *given, "--data", file)
+    for option in ("--texts=1", "--length=8", "--memory=1GB"):
+        complaint = f"{option.partition('=')[0]}: has no effect on --by weights"
+        refused(capfd, complaint, "ranks", file, option)
     refused(capfd, "--texts: expected at least 1, got 0", *given, "--texts", 0)
     refused(capfd, "no.py: expected a Python file, got nothing", "ranks", tmp_path / "no.py")
 

@@ -7,7 +7,6 @@ shrinks is an error, not a signal.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +72,8 @@ def _weights(folder: Path) -> str:
     pickles = [name for name in present if name.lower().endswith(_PICKLES)]
     if pickles:
         raise AdapterError(f"{folder / pickles[0]}: {_pickled()}")
-    raise AdapterError(f"{folder}: expected a folder with {MODEL}, it holds {_listed(present)}")
+    came = f"one with {brief(present[0])}" if present else "an empty one"
+    raise AdapterError(f"{folder}: expected a folder with {MODEL}, got {came}")
 
 
 def _plain(path: Path) -> Path:
@@ -92,10 +92,6 @@ def _pickled() -> str:
         "a pickle, which runs code when it is read: load it where you trust it and "
         "save_pretrained() it as safetensors"
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    return brief(next(iter(names), "nothing"))
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,11 +57,11 @@ class TextJob:
             staging.copy_files(folder, files, self.companions.copied)
             base = os.path.abspath(self.destination)
             report.model.peft_config["default"].base_model_name_or_path = base
-            report.model.save_pretrained(files / ADAPTER)
-            # What loading does to bitsandbytes' 4 bits transformers has no way back from.
-            back = getattr(model, "quantization_method", None) != "bitsandbytes"
-            how = {"max_shard_size": self.shard_bytes, "save_original_format": back}
-            report.model.unload().save_pretrained(files, **how)
+            with warnings.catch_warnings():
+                # PEFT looks for the vocabulary of a base that is not there yet
+                warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
+                report.model.save_pretrained(files / ADAPTER)
+            report.model.unload().save_pretrained(files, max_shard_size=self.shard_bytes)
             staging.publish(work, self.destination, [p.name for p in files.glob("*.safetensors")])
         return report
 

@@ -66,9 +66,9 @@ class Options:
             except ValueError as error:
                 raise CheckpointError(str(error)) from None
         elif self.blocksize is not None:
-            raise CheckpointError(f"blocksize: expected with out in 4 bits, got out {self.out}")
+            raise CheckpointError(f"blocksize: has no effect on an output that is {self.out}")
         if self.trained_experts and self.as_trained != "nf4":
-            raise CheckpointError("trained_experts: expected with as_trained nf4")
+            raise CheckpointError("trained_experts: has no effect on a base not trained as nf4")
 
     @property
     def stored(self) -> FourBit | None:

@@ -63,7 +63,8 @@ def state(run: Run) -> str:
         written = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(run.changed))
         words.append(f"not finished, last written {written}")
     words += [f"{len(run.starts)} starts"] if len(run.starts) > 1 else []
-    words += [f"{run.ignored} unfinished lines ignored"] if run.ignored else []
+    lines = "line" if run.ignored == 1 else "lines"
+    words += [f"{run.ignored} unfinished {lines} ignored"] if run.ignored else []
     words += [start["device_name"] for start in run.starts[-1:] if start.get("device_name")]
     return ", ".join(map(str, words))
 

@@ -40,7 +40,7 @@ class Options:
     def of(cls, format: str, blocksize: int | None, **others: Any) -> Options:
         """Return the options of a format, whose usual block size stands for None."""
         if format not in NUMBERS:
-            raise CheckpointError(f"format: expected one of {tuple(NUMBERS)}, got {format!r}")
+            raise CheckpointError(f"format: expected one of {', '.join(NUMBERS)}, got {format!r}")
         usual = FORMATS[NUMBERS[format]].chosen_blocksize(None)
         return cls(usual if blocksize is None else blocksize, format=format, **others)
 

@@ -110,6 +110,8 @@ def convert_adapter(
         raise AdapterError(f"base: expected a folder, got {brief(str(base))}")
     if initial is not None and to != "lora":
         raise AdapterError(f"initial: makes plain LoRA, and {to} was asked for")
+    if rank is not None and to != "lora":
+        raise AdapterError(f"rank: of plain LoRA from DoRA, and {to} was asked for")
     if rank is not None and rank < 1:
         raise AdapterError(f"rank: expected an integer above 0, got {rank}")
     check_destination(destination, force)
@@ -117,6 +119,8 @@ def convert_adapter(
     adapter = _named(read, layout, to, base, component)
     losses: dict[str, to_lora.Loss] = {}
     if to == "lora":
+        if rank is not None and all(one.magnitude is None for one in adapter.updates.values()):
+            raise AdapterError(f"rank: of plain LoRA from DoRA, and {read.source} has none")
         to_lora.check_lora(adapter, initial=initial is not None, base=base is not None)
         adapter = replace(adapter, config=to_lora.plain_config(adapter.config))
     folded = fold(adapter)
