@@ -21,6 +21,7 @@ from peftkern.formats.table import cut
 
 _ON_CPU = 1 << 20  # values of a panel: 4 MB
 _ELSEWHERE = 1 << 25  # fewer launches, 128 MB
+_LEAST = 64  # rows of a panel: beside fewer, x and z are most of what `products` moves
 _TASKS, _JOINED = 8, 4  # of `product_slices`: what threads share, and panels of one at most
 Item, Found = TypeVar("Item"), TypeVar("Found")
 Run = Callable[[Callable[[Item], Found], Iterable[Item]], Iterator[Found]]

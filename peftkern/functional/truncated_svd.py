@@ -136,9 +136,9 @@ def truncated_svd(
 ) -> TruncatedSVD:
     """Compute the `rank` largest singular values of weight - minus, with their vectors.
 
-    No weight is ever decoded as a whole: there are panels of 4 MB in float32 for each thread and
-    operand (at most 16 MB where no native kernel multiplies one in 4 bits; on a GPU 128 MB), and
-    sweeps * (m + n) * (rank + oversample) values.
+    No weight is ever decoded as a whole: there are panels of 64 rows or, if that is more, 4 MB in
+    float32 for each thread and operand (four of them at most where no native kernel multiplies one
+    in 4 bits; on a GPU 128 MB), and sweeps * (m + n) * (rank + oversample) values.
 
     Args: weight [m, n] and minus of its shape, float32|bfloat16|float16 or NF4Weight, or lists of
         them (`minus` None where there is none); oversample, the columns of a block beyond the rank;

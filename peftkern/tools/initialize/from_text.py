@@ -61,7 +61,10 @@ class TextJob:
                 # PEFT looks for the vocabulary of a base that is not there yet
                 warnings.filterwarnings("ignore", "Could not find a config file", UserWarning)
                 report.model.save_pretrained(files / ADAPTER)
-            report.model.unload().save_pretrained(files, max_shard_size=self.shard_bytes)
+            # What loading does to bitsandbytes' 4 bits transformers has no way back from.
+            back = getattr(model, "quantization_method", None) != "bitsandbytes"
+            how = {"max_shard_size": self.shard_bytes, "save_original_format": back}
+            report.model.unload().save_pretrained(files, **how)
             staging.publish(work, self.destination, [p.name for p in files.glob("*.safetensors")])
         return report
 
