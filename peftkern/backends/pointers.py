@@ -128,11 +128,6 @@ def begins_at(tensor: Tensor, multiple: int) -> bool:
     return tensor.data_ptr() % multiple == 0
 
 
-def starts(*tensors: Tensor) -> tuple[int, ...]:
-    """Return where the memory of tensors begins, so that another one shows."""
-    return tuple([tensor.data_ptr() for tensor in tensors])
-
-
 def placements(tensors: Sequence[Tensor]) -> list[tuple[int, int, torch.dtype, bool]]:
     """Return where values of tensors are, so that another memory or another view of it shows."""
     return [(t.data_ptr(), t.numel(), t.dtype, t.is_contiguous()) for t in tensors]

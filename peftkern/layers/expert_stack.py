@@ -18,9 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.weak import WeakIdKeyDictionary
 
-from peftkern.backends.pointers import starts
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import dequantize
@@ -156,7 +154,6 @@ class ExpertStack(Tensor):
                 f"data: expected an {type(self).__name__}, got {type(value).__name__}; "
                 f"FullyShardedDataParallel shards no {self.FORMAT}: {WHOLE_EXPERTS}"
             )
-        _whole.pop(self, None)
         Tensor.data.__set__(self, value)
         self.turned = value.turned
         for name, part in zip(self.PARTS, value.parts, strict=True):
@@ -238,37 +235,14 @@ class ExpertStack(Tensor):
         return _on_dense(function, *args, **kwargs)
 
 
-# {stack: (its parts, where they are, the weight made of them)}: to make one takes a fiftieth of a
-# call of one token. Not in the stack, whose attributes are copied and pickled.
-_whole: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def expert_weight(parameter: Tensor) -> Tensor | QuantizedWeight:
     """Return a parameter of fused experts as kernels take it; see `is_transposed`.
 
-    The same object as before while both parts are the same tensors in the same memory.
+    From its parts: what a graph reads of a subclass by property is another object at each call.
     """
     if not isinstance(parameter, ExpertStack):
         return parameter
-    # By name: what a graph reads of a subclass by property is another object at each call.
     packed, scale = (getattr(parameter, name) for name in type(parameter).PARTS)
-    if torch.compiler.is_compiling() or not (_is_plain(packed) and _is_plain(scale)):
-        return _weight_of_all(parameter, packed, scale)
-    places = starts(packed, scale)
-    *parts, kept_places, weight = _whole.get(parameter, (None, None, None, None))
-    if parts[0] is packed and parts[1] is scale and kept_places == places:
-        return weight
-    weight = _weight_of_all(parameter, packed, scale)
-    _whole[parameter] = packed, scale, places, weight
-    return weight
-
-
-def _is_plain(part: Tensor) -> bool:
-    """Return whether views of a part stay what it is: of one with gaps they are copies."""
-    return type(part) is Tensor and part.is_contiguous()
-
-
-def _weight_of_all(parameter: ExpertStack, packed: Tensor, scale: Tensor) -> QuantizedWeight:
     E, *matrix = parameter.shape
     shape = (E, *(reversed(matrix) if parameter.turned else matrix))
     return type(parameter).weight_of(parameter, packed, scale, _sizes(shape))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import gc
 import io
 import math
 import warnings
-import weakref
 
 import bitsandbytes as bnb
 import pytest
@@ -352,45 +350,3 @@ def test_a_stack_that_was_pickled_before_there_were_turned_ones():
     stack.__dict__.clear()
     stack.__dict__.update(old)
     assert stack.dequantize().shape == (2, 8, 64) and not stack.clone().turned
-
-
-# ---- the weight that is kept
-
-
-def test_a_weight_is_kept_while_its_parts_are_where_they_were():
-    stack, other = NF4Stack.from_dense(dense()), NF4Stack.from_dense(dense())
-    weight = expert_weight(stack)
-    assert expert_weight(stack) is weight
-    stack._packed.copy_(other._packed)  # what is written in place shows
-    assert expert_weight(stack) is weight and torch.equal(weight.packed, other._packed.view(-1))
-    for part, new in zip(stack.parts, other.parts, strict=True):
-        part.data = new.clone()  # the same object in other memory
-        moved = expert_weight(stack)
-        assert moved is not weight and expert_weight(stack) is moved
-        weight = moved
-    assert all(torch.equal(a, b.view(-1)) for a, b in zip(weight.tensors, other.parts, strict=True))
-    stack.data = NF4Stack.from_dense(dense(torch.float32))
-    assert torch.equal(expert_weight(stack).packed, stack._packed.view(-1))
-    stack.share_memory_()
-    assert expert_weight(stack).packed.data_ptr() == stack._packed.data_ptr()
-
-
-def test_a_weight_with_gaps_is_read_anew():
-    gaps = torch.zeros(E, N * K, dtype=torch.uint8)[:, : N * K // 2]
-    stack = NF4Stack(gaps, torch.ones(E, 6), (E, N, K), torch.float32)
-    before = expert_weight(stack).packed.clone()
-    gaps.fill_(255)
-    assert not torch.equal(expert_weight(stack).packed, before)
-
-
-def test_a_kept_weight_is_no_part_of_a_copy_or_a_file():
-    stack = NF4Stack.from_dense(dense())
-    fresh, weight = set(vars(stack)), expert_weight(stack)
-    assert set(vars(stack)) == fresh
-    copied = copy.deepcopy(stack)
-    assert expert_weight(copied).packed.data_ptr() == copied._packed.data_ptr()
-    assert expert_weight(copied).packed.data_ptr() != weight.packed.data_ptr()
-    alive = weakref.ref(weight.packed)
-    del stack, weight
-    gc.collect()
-    assert alive() is None
