@@ -131,7 +131,7 @@ def test_bad_input_is_one_line(tmp_path: Path, capfd, folders) -> None:
         capfd, "much: expected ADAPTER or ADAPTER:WEIGHT", "merge", base, f"{adapter}:much", out
     )
     refused(capfd, "--out: expected one of", "merge", base, adapter, out, "--out", "int8")
-    refused(capfd, "--blocksize: expected", "merge", base, adapter, out, "--blocksize", "64")
+    refused(capfd, "--blocksize: has no effect", "merge", base, adapter, out, "--blocksize", "64")
     refused(capfd, "--residual: expected a rank", "merge", base, adapter, out, "--residual", "-1")
     refused(capfd, "--min-survival: expected", "merge", base, adapter, out, "--min-survival", "2")
     refused(capfd, "apart from the source", "merge", base, adapter, base / "in")

@@ -124,10 +124,10 @@ def test_models_that_a_format_does_not_fit_are_refused_in_words(kind, changes, c
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"base": "int4", "blocksize": 16}, r"blocksize: expected one of \(32, .* in int4, got 16"),
+        ({"base": "int4", "blocksize": 16}, "blocksize: expected one of 32, .* in int4, got 16"),
         (
             {"base": "mxfp4", "blocksize": 64},
-            r"blocksize: expected one of \(32,\) in mxfp4, got 64",
+            "blocksize: expected 32 in mxfp4, got 64",
         ),
         (
             {"method": "lora", "base": "bf16", "blocksize": 64},

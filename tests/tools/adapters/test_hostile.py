@@ -54,7 +54,7 @@ def configure(folder, **fields) -> None:
 def test_files_that_are_none(tmp_path, folder):
     refused(tmp_path / "none", "none", "got nothing")
     (tmp_path / "empty").mkdir()
-    refused(tmp_path / "empty", MODEL, "nothing")
+    refused(tmp_path / "empty", MODEL, "got an empty one")
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "adapter_model.bin").write_bytes(pickle.dumps({}))
     refused(tmp_path / "p", "adapter_model.bin", "pickle", "runs code")

@@ -133,7 +133,7 @@ def test_layers_whose_rows_are_no_whole_blocks_stay(tmp_path):
     assert type(mlp.down_proj) is nn.Linear and type(mlp.up_proj) is BlockLinear
     with pytest.raises(CheckpointError, match=r"q_proj are no whole blocks of 128 values"):
         convert(tmp_path / "dense", tmp_path / "none", format="int4")
-    with pytest.raises(CheckpointError, match=r"blocksize: expected one of \(16,\) in nvfp4"):
+    with pytest.raises(CheckpointError, match="blocksize: expected 16 in nvfp4"):
         convert(tmp_path / "dense", tmp_path / "none", format="nvfp4", blocksize=32)
 
 
@@ -164,7 +164,7 @@ def test_what_no_config_describes_is_not_saved(tmp_path, llama):
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(("nf4",), "format: expected one of"), (("int4", 16), r"blocksize: expected one of \(32")],
+    [(("nf4",), "format: expected one of"), (("int4", 16), "blocksize: expected one of 32, ")],
 )
 def test_config_refuses(arguments, words):
     with pytest.raises(ValueError, match=words):

@@ -115,7 +115,7 @@ def test_zero_and_empty_weights(tmp_path):
     [
         ({"linear": {"none.weight": False}}, "no such tensor"),
         ({"linear": {"steps": False}}, r"two dimensions.*I64 \[5\]"),
-        ({"blocksize": 65}, f"expected one of \\({BLOCKSIZES[0]}, "),
+        ({"blocksize": 65}, f"expected one of {BLOCKSIZES[0]}, "),
         ({"shard_bytes": 0}, "shard_bytes: expected at least 1"),
     ],
 )
