@@ -24,6 +24,7 @@ def growth(call: Callable[[], object]) -> int:
     where it finds no place for the next one, depends on all that came before and on the threads.
     """
     _LIBC.mallopt(_MMAP_THRESHOLD, 1 << 20)
+    _LIBC.malloc_trim(0)
     try:
         (_PROCESS / "clear_refs").write_text("5")  # the peak is what is resident now
         before = _status("VmHWM")
