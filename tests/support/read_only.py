@@ -13,7 +13,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def available() -> bool:
-    """Whether this kernel has Landlock, and whoever runs this process allows it."""
+    """Return whether this kernel has Landlock, and whoever runs this process allows it."""
     return _libc.syscall(_CREATE, None, ctypes.c_size_t(0), _VERSION) > 0
 
 
