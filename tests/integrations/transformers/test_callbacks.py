@@ -31,6 +31,15 @@ LAYERS = 14
 LOGGER = "peftkern"
 
 
+@pytest.fixture(autouse=True)
+def as_transformers_speaks_by_itself():
+    """Whatever in this process has told it to be quiet, as plans do."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
+    yield
+    transformers.logging.set_verbosity(before)
+
+
 class Reporter(TrainerCallback):
     """Keeps what TensorBoard and W&B get: the logs, at the place where they stand in the list."""
 
