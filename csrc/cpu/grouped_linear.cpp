@@ -79,31 +79,33 @@ const GroupedKernels& kernels_of(Isa isa, DType dtype) {
   return dtype == DType::kBFloat16 ? kernels.grouped_bf16 : kernels.grouped;
 }
 
-// Columns of a task, of which the first-level cache holds all groups' values.
-int64_t columns_at_once(const GroupedCollectArgs& args) {
-  return std::max<int64_t>(64, (1 << 13) / (args.groups.E + 1));
-}
-
+// Copies the groups' values block by block: of a few groups a line of each, so that memory is read
+// in order, of many as much as the first-level cache holds. What is read next is fetched meanwhile,
+// a part of it with each group.
 template <class T>
 void collect(const GroupedCollectArgs& args, const std::vector<int64_t>& groups) {
-  const int64_t at_once = columns_at_once(args), E = args.groups.E;
-  // What this thread may read next, of which each group's pass fetches a part.
-  constexpr int64_t kLine = 64 / sizeof(T);
-  const int64_t ahead = args.threads * at_once * E, total = args.columns * E;
-  const int64_t part =
-      groups.empty() ? 0 : ceil_div(at_once * E, static_cast<int64_t>(groups.size()));
+  constexpr int64_t kLine = 64 / sizeof(T), kCached = (1 << 14) / sizeof(T);
+  const int64_t E = args.groups.E, total = args.columns * E;
+  const bool few = groups.size() <= 16;
+  const int64_t block = few ? kLine : std::max(kCached / (E + 1), kLine);  // columns
+  const int64_t ahead = few ? kCached / 2 : 2 * kCached;
+  const int64_t at_once = round_up(std::max((1 << 15) / E, block), block);  // columns of a task
+  const int64_t part = ceil_div(block * E, static_cast<int64_t>(groups.size()));
   parallel_for(args.threads, ceil_div(args.columns, at_once), [&](int64_t task, int) {
-    const int64_t first = task * at_once, count = min64(at_once, args.columns - first);
-    const T* in = static_cast<const T*>(args.in) + first * E;
-    T* out = static_cast<T*>(args.out) + first;
-    int64_t next = first * E + ahead;
-    for (const int64_t e : groups) {
-      const int64_t end = min64(next + part, total);
-      for (; next < end; next += kLine) {
-        __builtin_prefetch(static_cast<const T*>(args.in) + next, 0, 2);
+    const int64_t end = min64(args.columns, (task + 1) * at_once);
+    for (int64_t first = task * at_once; first < end; first += block) {
+      const int64_t count = min64(block, end - first);
+      const T* in = static_cast<const T*>(args.in) + first * E;
+      T* out = static_cast<T*>(args.out) + first;
+      int64_t next = first * E + ahead;
+      for (const int64_t e : groups) {
+        const int64_t last = min64(next + part, total);
+        for (; next < last; next += kLine) {
+          __builtin_prefetch(static_cast<const T*>(args.in) + next, 0, 2);
+        }
+        for (int64_t c = 0; c < count; ++c) out[c] = in[c * E + e];
+        out += args.columns;
       }
-      for (int64_t c = 0; c < count; ++c) out[c] = in[c * E + e];
-      out += args.columns;
     }
   });
 }
@@ -121,6 +123,7 @@ void grouped_collect(const GroupedCollectArgs& args) {
   }
   require(args.columns * E == 0 || args.in, "in: null pointer");
   require(args.columns == 0 || groups.empty() || args.out, "out: null pointer");
+  if (groups.empty()) return;
   args.dtype == DType::kFloat32 ? collect<uint32_t>(args, groups) : collect<uint16_t>(args, groups);
 }
 
