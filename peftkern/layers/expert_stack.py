@@ -242,15 +242,16 @@ def expert_weight(parameter: Tensor) -> Tensor | QuantizedWeight:
     """
     if not isinstance(parameter, ExpertStack):
         return parameter
-    packed, scale = (getattr(parameter, name) for name in type(parameter).PARTS)
+    kind = type(parameter)
+    packed, scale = kind.PARTS
     E, *matrix = parameter.shape
-    shape = (E, *(reversed(matrix) if parameter.turned else matrix))
-    return type(parameter).weight_of(parameter, packed, scale, _sizes(shape))
+    shape = _sizes((E, *(matrix[::-1] if parameter.turned else matrix)))
+    return kind.weight_of(parameter, getattr(parameter, packed), getattr(parameter, scale), shape)
 
 
 def _sizes(shape: Iterable[int]) -> tuple[int, ...]:
     """Return sizes as numbers, of which there is a graph each: kernels take no symbols."""
-    return tuple(int(size) for size in shape)
+    return tuple(map(int, shape))
 
 
 def is_transposed(experts: nn.Module, *names: str) -> bool:

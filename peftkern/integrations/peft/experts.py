@@ -214,14 +214,16 @@ def read_stack(layer: Any, device: torch.device) -> Stack | Fallback:
     if implementation not in _IMPLEMENTATIONS:
         return Fallback(f"experts_implementation is {implementation}")
 
-    adapters = max(len(active_names(wrapper)) for wrapper in wrappers.values())
     names = ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
-    linears = []
+    linears, adapters = [], 0
     for name in names:
-        linear = _linear(experts, name, wrappers.pop(name, None))
+        wrapper = wrappers.pop(name, None)
+        active = [] if wrapper is None else active_names(wrapper)
+        linear = _linear(experts, name, wrapper, active)
         if isinstance(linear, Fallback):
             return linear
         linears.append(linear)
+        adapters = max(adapters, len(active))
     if wrappers:
         return Fallback(f"target parameter {next(iter(wrappers))}")
     up, down = linears
@@ -290,20 +292,19 @@ def shown_weight(module: nn.Module, own: str, parent: nn.Module) -> Shown | None
 
 
 def _linear(
-    experts: nn.Module, name: str, wrapper: lora.ParamWrapper | None
+    experts: nn.Module, name: str, wrapper: lora.ParamWrapper | None, active: list[str]
 ) -> ExpertLinear | Fallback:
     """Read one projection, and the active adapters of its wrapper as one of all their ranks."""
     parameter = experts._parameters[name]
     weight = expert_weight(parameter)
     bias = experts._parameters[f"{name}_bias"] if experts.has_bias else None
-    names = [] if wrapper is None else active_names(wrapper)
-    if not names:
+    if wrapper is None or not active:
         return ExpertLinear(weight, bias=bias)
     E, N, K = parameter.shape
     if experts.is_transposed:
         N, K = K, N
     found = []
-    for adapter in names:
+    for adapter in active:
         A = wrapper._modules["lora_A"]._modules[adapter].weight
         B = wrapper._modules["lora_B"]._modules[adapter].weight
         reason = unusual_tensor(lora_A=A, lora_B=B)
@@ -327,9 +328,9 @@ def _routing(args: tuple, kwargs: dict) -> tuple[Tensor, Tensor] | Fallback:
     for names in _ROUTING[len(args) :]:
         found += [others.pop(name) for name in names if name in others]
     given = sorted(name for name, value in others.items() if value is not None)
-    if given or len(found) != 2 or not all(isinstance(one, Tensor) for one in found):
+    index, weights = found if len(found) == 2 else (None, None)
+    if given or not (isinstance(index, Tensor) and isinstance(weights, Tensor)):
         return Fallback(f"extra arguments: {', '.join(given) or 'positional'}")
-    index, weights = found
     reason = unusual_tensor(top_k_index=index, top_k_weights=weights)
     return (index, weights) if reason is None else Fallback(reason)
 
