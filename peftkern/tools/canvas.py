@@ -176,7 +176,9 @@ def scale(axis, which: str, values: Sequence[float], log: bool, margin: float, t
     else:
         pad = (margin - 1) / 2 * (high - low) or abs(high) * 0.1 or 1.0
         low, high = low - pad, high + pad
-        found = [t for t in MaxNLocator(4).tick_values(low, high) if low <= t <= high]
+        whole = high - low >= 2 and all(float(value - values[0]).is_integer() for value in values)
+        located = MaxNLocator(4, integer=whole).tick_values(low, high)
+        found = [tick for tick in located if low <= tick <= high]
     getattr(axis, f"set_{which}lim")(low, high)
     one = getattr(axis, f"{which}axis")
     if ticks and log:

@@ -46,7 +46,7 @@ def _map(
         values = {layer: combine(parts) for layer, parts in sorted(layers.items())}
         values = {layer: float(f"{one:.3g}") for layer, one in values.items() if one == one}
         told = ", ".join(f"{layer}: {one:g}" for layer, one in values.items())
-        parts = [(layer, layer + 1, one) for layer, one in values.items()]
+        parts = [(layer - 0.5, layer + 0.5, one) for layer, one in values.items()]
         drawn.append((kind, f"{kind}: {told}", parts))
     return charts.stretches(drawn, title=title, y_label=title, x_label="layer", width=width)
 

@@ -8,8 +8,10 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from peftkern.tools import charts
+from peftkern.tools.canvas import scale
 from peftkern.tools.charts import Bar, Series
 
 HOSTILE = "$x$ </text><script>alert(1)</script> \x00\u202e \ud800 & \\frac{"
@@ -93,6 +95,17 @@ def test_an_axis_holds_its_values_and_ticks(values, log, width):
         assert ticks == sorted(set(ticks)) and len(ticks) <= 8
         assert all(low <= tick <= high for tick in ticks)
         assert list(axis.get_minorticklocs()) == []
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [([4, 6, 8], [4, 6, 8]), ([0.5, 1, 2], [0.5, 1, 1.5, 2]), ([-0.5, 2.5], [0, 1, 2])],
+    ids=["steps", "losses", "layers"],
+)
+def test_between_steps_or_layers_there_is_no_tick(values, ticks):
+    axis = Figure().subplots()
+    scale(axis, "x", values, False, 1.1, ())
+    assert axis.get_xticks().tolist() == ticks
 
 
 @pytest.mark.parametrize("ticks", [[16, 17, 18, 1024], [1, 2, 4, 8, 16, 32, 48, 56, 64, 99]])

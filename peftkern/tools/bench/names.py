@@ -28,7 +28,11 @@ def people(case: Case, without: str = "") -> str:
         shape = f"{_model(match[1])} {match[2]}"
     if case["M"] is None or without == "M":
         return shape
-    return f"{shape}, {case['M']} token{'' if case['M'] == 1 else 's'}"
+    return f"{shape}, {tokens(case['M'])}"
+
+
+def tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
 
 
 def _model(name: str) -> str:

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from peftkern.tools import charts
 from peftkern.tools.bench.cases import SHORT
 from peftkern.tools.bench.compare import Change
-from peftkern.tools.bench.names import about, people, times
+from peftkern.tools.bench.names import about, people, times, tokens
 from peftkern.tools.bench.record import OURS, Case, Provider, Record
 from peftkern.tools.bench.rows import product_rate, ratio_at_least
 from peftkern.tools.bench.terminal import copies, first_call, is_bound, number, speed_up
@@ -117,7 +117,7 @@ def rooflines(record: Record, labels: Labels) -> list[tuple[str, dict[str, Figur
                 one.x.append(at)
                 one.y.append(row["tflop_s"])
                 one.tips.append(f"{row['label']}, {case['name']}: {row['tflop_s']:.3g} TFLOP/s")
-                said = f"{case['M']} tokens" if one_weight and case["M"] else people(case)
+                said = tokens(case["M"]) if one_weight and case["M"] else people(case)
                 names.setdefault(at, said)
         if not series:
             continue

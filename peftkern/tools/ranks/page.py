@@ -13,7 +13,7 @@ def html(found: RankReport, source: str) -> str:
     kept = [(layer.name, 100 * layer.kept) for layer in found.layers]
     maps = (
         layer_charts.layer_map(ranks, "rank"),
-        layer_charts.layer_map(kept, f"%: {KEPT[found.by]}"),
+        layer_charts.layer_map(kept, f"% {KEPT[found.by]}"),
     )
     spectra = layer_charts.spectra([(la.name, la.S) for la in found.layers if la.S])
     return pages.render(
