@@ -116,12 +116,13 @@ def unusual_tensor(**tensors: Tensor) -> str | None:
     """Return the reason to send one of these through torch's operators, named by its keyword.
 
     None for dense tensors without behavior. DTensor and other wrappers, subclasses that follow the
-    results, and sparse layouts are not.
+    results, and sparse layouts are not, nor is what a module may take that is no tensor at all.
     """
     for role, tensor in tensors.items():
         kind = type(tensor)
         if kind not in _PLAIN and (
-            hasattr(kind, "__tensor_flatten__")
+            not issubclass(kind, Tensor)
+            or hasattr(kind, "__tensor_flatten__")
             or kind.__torch_function__ is not torch._C._disabled_torch_function_impl
         ):
             return f"{role} is {kind.__name__}"

@@ -11,6 +11,7 @@ import torch
 from expert_models import (
     LAYOUTS,
     REFUSED_ALONE,
+    E,
     K,
     expert_net,
     fallbacks,
@@ -122,6 +123,39 @@ def test_parametrized_experts():
     for model in models:
         parametrize.register_parametrization(experts_of(model), "down_proj", Half())
     assert_falls_back(models[0], "base_layer is parametrized", models[1])
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+def test_modules_that_take_no_tensor(kind):
+    """`target_parameters` may be in any module, also in one that takes several tensors at once."""
+
+    class Taking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(E, K, K))
+
+        def forward(self, given):
+            return torch.stack(list(given.values() if kind is dict else given)) @ self.weight
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.taking, self.out = Taking(), nn.Linear(K, 4)
+
+        def forward(self, x):
+            return self.out(self.taking(kind(enumerate(x)) if kind is dict else kind(x)))
+
+    config = LoraConfig(r=4, target_modules=[], target_parameters=["taking.weight"])
+    model = get_peft_model(Net(), config)
+    fill_lora_B(model)
+    twin, x = patched_copy(model), torch.randn(E, 5, K)
+    peftkern.reset_stats()
+    for net in (model, twin):
+        net(x).square().sum().backward()
+    expected, got = ({n: p.grad for n, p in net.named_parameters()} for net in (model, twin))
+    trained = [name for name, grad in expected.items() if grad is not None]
+    assert len(trained) == 2 and all(torch.equal(got[name], expected[name]) for name in trained)
+    assert fallbacks() == {f"input is {kind.__name__}": 1}
 
 
 def test_global_hooks():
