@@ -70,7 +70,7 @@ class LoRALayer(PatchedLayer):
             return fused(base, A, B, scaling, dropout_p)
         x, weight, bias = base
         return dora_linear(
-            x,
+            x if x.dim() > 1 else x.unsqueeze(0),  # PEFT's magnitude is a row, and so is its y
             weight,
             A,
             B,
@@ -97,7 +97,7 @@ class LoRALayer(PatchedLayer):
         _, weight, bias = base
         scaling = self.scaling[name]
         norm = dora_norm(weight, lora_A.weight, lora_B.weight, scaling=scaling)
-        c = self._magnitude(name).weight / norm
+        c = (self._magnitude(name).weight / norm).view(1, -1)
         if type(drop) is nn.Identity or not self.training:
             dropped, product = x, result if bias is None else result - bias
         else:

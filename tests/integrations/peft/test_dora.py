@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.helpers import DoraCaching
 from peft_models import (
     K,
@@ -61,6 +62,24 @@ def test_dropout_only_where_peft_drops(make):
             expected = model(x)
             torch.manual_seed(3)
             torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("second", [False, True])
+def test_a_vector_becomes_a_row(make, second):
+    """PEFT's magnitude is one."""
+    model = dora_net(make())
+    if second:
+        model.add_adapter("second", LoraConfig(r=3, target_modules=["proj"], use_dora=True))
+        model.base_model.set_adapter(["default", "second"])
+    twin, x = patched_copy(model), torch.randn(K, requires_grad=True)
+    got, expected = twin(x), model(x)
+    assert got.shape == expected.shape == (1, layer_of(model).out_features)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    weights = torch.randn_like(got)
+    grads = [torch.autograd.grad((y * weights).sum(), x)[0] for y in (got, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    assert not fallbacks()
 
 
 def test_small_layers_are_left_to_peft(monkeypatch):
