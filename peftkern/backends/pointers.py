@@ -19,12 +19,16 @@ CPU = torch.device("cpu")
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType of base.h
 
 
+class Unlike(ValueError):
+    """A tensor whose dtype, device, size or strides are not those that were asked for."""
+
+
 def address(
     name: str, tensor: Tensor, dtype: torch.dtype, numel: int, device: torch.device = CPU
 ) -> int:
     """Return the address of a contiguous tensor that has this dtype, size and device.
 
-    Raises: ValueError naming the argument, what is accepted and what came.
+    Raises: Unlike naming the argument, what is accepted and what came.
     """
     if (
         tensor.dtype is not dtype
@@ -33,7 +37,7 @@ def address(
         or not tensor.is_contiguous()
     ):
         layout = "contiguous" if tensor.is_contiguous() else f"strides {tensor.stride()}"
-        raise ValueError(
+        raise Unlike(
             f"{name}: expected {numel} contiguous {dtype} values on {device}, got "
             f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}, {layout}"
         )

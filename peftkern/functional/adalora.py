@@ -70,11 +70,11 @@ def adalora_importance_(
     numel = _elements(shapes)
     # Each question is asked of all before the next: there are hundreds.
     given = [p if g is None else g for p, g in zip(params, grads, strict=True)]
-    if not {p.dtype for p in params} <= {*DTYPES} or {p.device for p in params} != {device}:
+    if not {p.dtype for p in params} <= {*DTYPES} or not _are_on(params, device):
         for i, p in enumerate(params):
             if p.dtype not in DTYPES or p.device != device:
                 raise mismatch(f"params[{i}]", f"one of {DTYPES} on {device}", p)
-    if [g.shape for g in given] != shapes or {g.device for g in given} != {device}:
+    if [g.shape for g in given] != shapes or not _are_on(given, device):
         for i, (g, shape) in enumerate(zip(given, shapes, strict=True)):
             if g.shape != shape or g.device != device:
                 raise mismatch(f"grads[{i}]", f"{list(shape)} on {device}", g)
@@ -84,6 +84,13 @@ def adalora_importance_(
             raise mismatch(name, f"[{numel}] contiguous {wide}", state)
     with torch.no_grad():
         return ops.adalora_importance_(exp_avg_ipt, exp_avg_unc, params, grads, beta1, beta2)
+
+
+def _are_on(tensors: list[Tensor], device: torch.device) -> bool:
+    """Return whether all are on a device, of a CPU without an object for each that names it."""
+    if device.type == "cpu":
+        return {tensor.is_cpu for tensor in tensors} == {True}
+    return {tensor.device for tensor in tensors} == {device}
 
 
 def _elements(shapes: list[torch.Size]) -> int:
@@ -137,13 +144,18 @@ def adalora_allocate_(
     if not isinstance(budget, (int, kind)) or not budget >= 0:
         what = "a number of triplets" if limits is None else "what the triplets may cost"
         raise mismatch("budget", what, budget)
-    total = sum(E.numel() for E in lora_E)
+    total = sum(map(Tensor.numel, lora_E))
     if scores.shape != (total,) or scores.dtype not in (torch.float32, torch.float64):
         raise mismatch("scores", f"[{total}] float32 or float64 for these lora_E", scores)
     device = scores.device
-    for i, E in enumerate(lora_E):
-        if not E.is_contiguous() or E.dtype not in DTYPES or E.device != device:
-            raise mismatch(f"lora_E[{i}]", f"contiguous {DTYPES} on {device}", E)
+    if not (
+        all(map(Tensor.is_contiguous, lora_E))
+        and {E.dtype for E in lora_E} <= {*DTYPES}
+        and _are_on(lora_E, device)
+    ):
+        for i, E in enumerate(lora_E):
+            if not E.is_contiguous() or E.dtype not in DTYPES or E.device != device:
+                raise mismatch(f"lora_E[{i}]", f"contiguous {DTYPES} on {device}", E)
     if not total:
         return torch.ones_like(scores, dtype=torch.bool)
     with torch.no_grad():

@@ -11,7 +11,7 @@ Every process has to call what asks for it, as often and in one order.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -42,12 +42,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def are_plain(parameters: Iterable[Tensor]) -> bool:
+def are_plain(parameters: Sequence[Tensor]) -> bool:
     """Return whether no engine has any of these: then nothing has to be asked of each.
 
     FSDP2's are of another type, FSDP1 and DeepSpeed leave attributes; what else has some is asked.
     """
-    return all(type(p) is nn.Parameter and not p.__dict__ for p in parameters)
+    return {*map(type, parameters)} <= {nn.Parameter} and not any(p.__dict__ for p in parameters)
 
 
 def with_gradient(parameter: Tensor) -> Tensor:

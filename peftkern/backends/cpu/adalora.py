@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
@@ -15,7 +16,7 @@ from peftkern.backends.cpu.module import (
     refusal_dense,
     refusal_list,
 )
-from peftkern.backends.pointers import address, addresses, dtype_code, fresh
+from peftkern.backends.pointers import Unlike, address, addresses, dtype_code, fresh
 
 
 def refusal_importance(
@@ -26,7 +27,7 @@ def refusal_importance(
         return f"the EMAs are {exp_avg_ipt.dtype}"
     tensors = [*params, *[grad for grad in grads if grad is not None]]
     one_of_each = {tensor.dtype: tensor for tensor in tensors}
-    if len(one_of_each) == 1 or torch.float64 in one_of_each:
+    if len(one_of_each) > 1 and torch.float64 in one_of_each:
         return refusal_list(tensors)
     if {tensor.is_cpu for tensor in tensors} != {True}:
         return f"tensors are on {tensors[0].device}"
@@ -57,13 +58,14 @@ def adalora_importance_(
     beta1: float,
     beta2: float,
 ) -> Tensor:
-    given = [*params, *[grad for grad in grads if grad is not None]]
-    if not all(map(Tensor.is_contiguous, given)):
-        params, grads = contiguous(params), contiguous(grads)
     count = sum(map(Tensor.numel, params[::3]))
     scores = torch.empty(count, dtype=torch.float32, device="cpu")
     state, betas = (exp_avg_ipt, exp_avg_unc), (beta1, beta2)
-    if len({t.dtype for t in given}) == 1:
+    with contextlib.suppress(Unlike):  # it asks every tensor, so nothing does before
+        _score(scores, state, params, grads, betas)
+        return scores
+    params, grads = contiguous(params), contiguous(grads)
+    if len({t.dtype for t in (*params, *grads) if t is not None}) == 1:
         _score(scores, state, params, grads, betas)
         return scores
     # As with lora_E in float32 beside lora_A in bfloat16: a layer in float32 at a time.
@@ -105,9 +107,10 @@ def adalora_allocate_(
 ) -> Tensor:
     scores, count = scores.contiguous(), scores.numel()
     dtype = lora_E[0].dtype
+    sizes = [*map(Tensor.numel, lora_E)]
     table = []
-    for E in lora_E:
-        table += (E.numel(), 1, 1, address("lora_E", E, dtype, E.numel()), 0, 0, 0, 0, 0)
+    for r, at in zip(sizes, addresses("lora_E", lora_E, dtype, sizes), strict=True):
+        table += (r, 1, 1, at, 0, 0, 0, 0, 0)
     keep = torch.empty(count, dtype=torch.bool, device="cpu")
     library().adalora_allocate(
         address("scores", scores, torch.float32, count),
