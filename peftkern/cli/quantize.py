@@ -97,9 +97,8 @@ def quantize(
 
     Example: peftkern quantize ~/models/llama3-8b ~/models/llama3-8b-nf4
     """
-    import logging
+    from peftkern.tools.quiet import quiet
 
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels that it did not find
     if destination is None and not dry_run:
         raise InputError("DST: expected a new folder to write, or --dry-run")
     shard_bytes = parse_bytes("--shard-size", shard_size)
@@ -107,7 +106,7 @@ def quantize(
     _check_format(format, double_quant, compute_dtype)
     if compute_dtype is not None:
         compute_dtype = DTYPES[dtype_name("--compute-dtype", compute_dtype, _COMPUTE_DTYPES)]
-    with model_packages():
+    with model_packages(), quiet():  # bitsandbytes tells of kernels that it did not find
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
         from peftkern.tools.quantize.file_plan import Options, plan_files
         from peftkern.tools.quantize.linear_weights import find_weights

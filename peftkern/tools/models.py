@@ -13,10 +13,12 @@ from torch import nn
 from peftkern.formats.json_files import brief, read_json
 from peftkern.layers.quantize import expert_parameters
 from peftkern.tools.plan.presets import PRESETS
+from peftkern.tools.quiet import quiet
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
+@quiet()  # its advice on configs would interrupt the output of a command
 def read_config(path: str, argument: str = "--model") -> Any:
     """Read the config of a model: a preset, a config.json, or the folder of one.
 
@@ -24,9 +26,8 @@ def read_config(path: str, argument: str = "--model") -> Any:
     """
     if path in PRESETS:
         return from_config(PRESETS[path])
-    from transformers import AutoConfig, logging
+    from transformers import AutoConfig
 
-    logging.set_verbosity_error()  # its advice on configs would interrupt the output of a command
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
     if not file.is_file():
@@ -52,14 +53,14 @@ def read_config(path: str, argument: str = "--model") -> Any:
     return config
 
 
+@quiet()
 def from_config(fields: dict[str, Any]) -> Any:
     """Make a transformers config of the fields of a config.json, but for its quantization.
 
     Raises: ValueError in one line if transformers has no such model, or refuses a field.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, logging
+    from transformers import CONFIG_MAPPING, AutoConfig
 
-    logging.set_verbosity_error()
     fields = {k: v for k, v in fields.items() if k != "quantization_config"}
     kind = fields.pop("model_type", None)
     if kind not in CONFIG_MAPPING:
@@ -123,6 +124,7 @@ def set_layers(config: Any, layers: int) -> int:
     return had
 
 
+@quiet()
 def empty_model(config: Any, dtype: torch.dtype, *, buffers: bool = False) -> Any:
     """Build the model of a config, whose dtype becomes this one, on meta: without memory.
 

@@ -39,6 +39,7 @@ from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.rows import calls_of_ours
 from peftkern.tools.bench.training_step import Step
 from peftkern.tools.bench.worker import answer
+from peftkern.tools.quiet import quiet
 
 LR = 1e-3
 # Of what is zero in a new adapter, which would hide its errors.
@@ -158,6 +159,7 @@ def adapters(step: Step) -> LoraConfig:
     return LoraConfig(r=step.r, use_dora=step.method == "dora", **experts, **common)
 
 
+@quiet()
 def base_model(step: Step, device: torch.device) -> Any:
     """Load or build the frozen model; without weights no dense weight of an NF4 layer is drawn."""
     config = models.read_config(step.model)

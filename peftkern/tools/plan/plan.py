@@ -20,7 +20,6 @@ fragmentation and what else runs on the device are not in it.
 from __future__ import annotations
 
 import contextlib
-import logging
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from peftkern.formats.nf4 import STATE_KEYS
 from peftkern.formats.table import FORMATS, NUMBERS
+from peftkern.tools.quiet import quiet
 
 if TYPE_CHECKING:
     from peftkern.tools.plan.work import Work
@@ -262,9 +262,8 @@ class Plan:
 @contextlib.contextmanager
 def _libraries() -> Iterator[None]:
     """Silence the libraries' advice, and turn an ImportError into what planning needs."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # about kernels that it did not find
     try:
-        with warnings.catch_warnings():
+        with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except ImportError as error:

@@ -16,7 +16,6 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
-import transformers
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +40,7 @@ from peftkern.tools.checkpoints.architecture import (
 )
 from peftkern.tools.checkpoints.checkpoint import DTYPES, Checkpoint, CheckpointError
 from peftkern.tools.quantize.file_plan import Choice, Stack
+from peftkern.tools.quiet import quiet
 
 # What OpenAI's own config leaves dense beside the output embeddings.
 _DENSE_IN_GPT_OSS = ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens")
@@ -74,9 +74,7 @@ def find_weights(
     Raises: CheckpointError if transformers does not know the architecture, if the tensors do not
         fit it, if a name in skip fits no layer, or if a layer's weight is assembled on loading.
     """
-    with contextlib.ExitStack() as context:
-        context.callback(transformers.logging.set_verbosity, transformers.logging.get_verbosity())
-        transformers.logging.set_verbosity_error()
+    with quiet():
         model = meta_model(checkpoint)
         loads = list(find_loads(model, checkpoint))
         skip = _left_out(model, skip)
