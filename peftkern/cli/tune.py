@@ -22,40 +22,40 @@ def tune(
     shape: Annotated[
         str | None,
         typer.Option(
-            help="NxK of a weight, llama3-8b, qwen2.5-7b-q_proj, ...: as of `peftkern bench`",
+            help="NxK of a weight, llama3-8b, qwen2.5-7b-q_proj, ...: as of `peftkern bench`.",
             show_default="llama3-8b, without --model",
         ),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(help="a config.json or its folder: its linear layers, not its experts"),
+        typer.Option(help="A config.json or its folder: its linear layers, not its experts."),
     ] = None,
     targets: Annotated[
-        str, typer.Option(help="with --model: all-linear, or names such as q_proj,v_proj")
+        str, typer.Option(help="With --model: all-linear, or names such as q_proj,v_proj.")
     ] = "all-linear",
     base: Annotated[
         str | None,
-        typer.Option(help="dense, nf4", show_default="both; nf4 if the model is in 4 bits"),
+        typer.Option(help="dense, nf4.", show_default="both; nf4 if the model is in 4 bits"),
     ] = None,
     rows: Annotated[
-        str, typer.Option(help="batch times sequence; a power of two is a class")
+        str, typer.Option(help="Batch times sequence; a power of two is a class.")
     ] = "1,512,2048",
-    r: Annotated[str, typer.Option("--r", help="LoRA rank")] = "16",
+    r: Annotated[str, typer.Option("--r", help="LoRA rank.")] = "16",
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16, fp32", show_default="the model's, else bf16")
+        str | None, typer.Option(help="bf16, fp16, fp32.", show_default="the model's, else bf16")
     ] = None,
-    adapter_dtype: Annotated[str, typer.Option(help="fp32 (PEFT's default), bf16, fp16")] = "fp32",
+    adapter_dtype: Annotated[str, typer.Option(help="fp32 (PEFT's default), bf16, fp16.")] = "fp32",
     autocast: Annotated[
-        bool, typer.Option("--autocast", help="as under Trainer(bf16=True)")
+        bool, typer.Option("--autocast", help="As under Trainer(bf16=True).")
     ] = False,
-    budget: Annotated[str, typer.Option(help="for the whole run: 60s, 5m")] = "60s",
+    budget: Annotated[str, typer.Option(help="For the whole run: 60s, 5m.")] = "60s",
     limit: Annotated[
-        str, typer.Option(help="for one class, after which its process is killed")
+        str, typer.Option(help="For one class, after which its process is killed.")
     ] = "60s",
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:N", show_default="cuda if there is one")
+        str | None, typer.Option(help="cpu, cuda, cuda:N.", show_default="cuda if there is one")
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="measure what the cache knows, too")] = (
+    again: Annotated[bool, typer.Option("--again", help="Measure what the cache knows, too.")] = (
         False
     ),
     as_json: Json = False,

@@ -68,6 +68,20 @@ def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
         assert not (line and after) or len(line) + 1 + len(after.split()[0]) > 79
 
 
+TYPED = "absmax adamw adapter_config all auto bf16 cpu ddp dense forward fp32 fsdp2 llama3 lora"
+TYPED += " lora_alpha lora_dropout nf4 peft pissa sdpa weights"
+
+
+@pytest.mark.parametrize("command", [name for name in commands_of(app) if name != "version"])
+def test_help_of_every_option_is_a_sentence(command):
+    """It begins with a capital, or with a name as it is typed."""
+    for option in inspect.signature(COMMANDS[command], eval_str=True).parameters.values():
+        for one in getattr(option.annotation, "__metadata__", ()):
+            first = re.match(r"\w+", one.help)[0]
+            assert first[0].isupper() or first in TYPED.split(), one.help
+            assert one.help.endswith((".", "?")), one.help
+
+
 def example(name: str) -> list[str]:
     """The command that the help of a command shows, split as a shell does."""
     (text,) = re.findall(r"Example: (peftkern .*)", inspect.cleandoc(COMMANDS[name].__doc__))
