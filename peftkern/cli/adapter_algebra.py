@@ -89,7 +89,7 @@ def resize(
     with bad_input("rank", *rules):
         name, value = next(iter(rules.items())) if rules else ("rank", rank)
         rule = RankRule(name, value, most=rank if rules else None)
-        check_destination(destination, force)
+        check_destination(destination, force, adapter)
         source = read_adapter(adapter, layout)
         with progress_bar(len(source.updates), "updates") as progress:
             found, lost = tool.resize(source, rule, itemsize=written.itemsize, progress=progress)
@@ -160,8 +160,8 @@ def combine(
     written = _dtype(dtype)
     with bad_input("rank"):
         how = Combination(method, rank, density, seed=seed)
-        check_destination(Path(destination), force)
         paths, weights = zip(*map(weighted_adapter, sources), strict=True)
+        check_destination(Path(destination), force, *paths)
         read = [read_adapter(path, layout) for path in paths]
         count = len({key for one in read for key in one.updates})
         with progress_bar(count, "updates") as progress:
@@ -215,7 +215,7 @@ def extract(
     written = _dtype(dtype)
     with bad_input("rank", "energy"):
         rule = ExtractRule.asked(rank, energy, noise)
-        check_destination(destination, force)
+        check_destination(destination, force, base, tuned)
         with progress_bar(decoded(read_checkpoint(base, quantized=True)).nbytes) as progress:
             found, layers = tool(base, tuned, rule, progress=progress)
         _write(found, destination, written, force)

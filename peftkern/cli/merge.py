@@ -20,6 +20,7 @@ from peftkern.cli.frame import (
     weighted_adapter,
 )
 from peftkern.cli.options import Force, Json
+from peftkern.tools.destinations import check_apart
 
 if TYPE_CHECKING:
     from peftkern.tools.merge.arithmetic import Change
@@ -101,6 +102,7 @@ def merge(
     if not 0 <= min_survival <= 1:
         raise InputError(f"--min-survival: expected a share of 0 to 1, got {min_survival}")
     parsed = [weighted_adapter(text) for text in adapters]
+    check_apart(destination, InputError, *(path for path, _ in parsed))
     with model_packages():
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
         from peftkern.tools.merge.merge import merge_checkpoint
@@ -130,6 +132,8 @@ def merge(
 
 
 def _report(summary: Summary, destination: Path) -> Iterator[str]:
+    from peftkern.layers.names import shortened
+
     plan, total = summary.plan, summary.total
     units = [unit for file in plan.files for unit in file.units]
     copied = sum(unit.copied for unit in units)
@@ -147,8 +151,7 @@ def _report(summary: Summary, destination: Path) -> Iterator[str]:
         others = _number(len(summary.others), "other weight")
         yield f"{others} quantized anew, with an error of {error:.2%} of the weights"
     if plan.unfit:
-        more = f" and {len(plan.unfit) - _SHOWN} more" * (len(plan.unfit) > _SHOWN)
-        yield f"dense, as their rows are not whole blocks: {', '.join(plan.unfit[:_SHOWN])}{more}"
+        yield f"dense, as their rows are not whole blocks: {shortened(plan.unfit, _SHOWN)}"
     worst = sorted(summary.changes.items(), key=lambda item: item[1].survival)
     worst = [(name, one) for name, one in worst if one.survival < total.survival][:_SHOWN]
     if worst:

@@ -217,10 +217,11 @@ def _too_little(plan: Plan, choice: Choice, format: str) -> str:
 
 def _unfit(choice: Choice) -> Iterator[str]:
     """Name linear layers that the format cannot have."""
-    names, more = ", ".join(choice.unfit[:_SHOWN]), len(choice.unfit) - _SHOWN
-    if names:
-        also = f" and {more} more" if more > 0 else ""
-        yield f"layers that stay dense, as their rows are not whole blocks: {names}{also}"
+    from peftkern.layers.names import shortened
+
+    if choice.unfit:
+        names = shortened(choice.unfit, _SHOWN)
+        yield f"layers that stay dense, as their rows are not whole blocks: {names}"
 
 
 def _experts(plan: Plan, choice: Choice, format: str) -> Iterator[str]:
@@ -243,10 +244,10 @@ def _experts(plan: Plan, choice: Choice, format: str) -> Iterator[str]:
 
 def _kept(plan: Plan) -> str:
     """Name the largest of what stays as it is."""
-    kept = plan.kept()
-    names = [f"{_share(size, plan.total):.1%} {name}" for name, size in kept.items()][:_SHOWN]
-    more = [f"{len(kept) - _SHOWN} more kinds"] if len(kept) > _SHOWN else []
-    return f"left as they are: {', '.join(names + more) or 'none'}"
+    from peftkern.layers.names import shortened
+
+    kept = [f"{_share(size, plan.total):.1%} {name}" for name, size in plan.kept().items()]
+    return f"left as they are: {shortened(kept, _SHOWN) or 'none'}"
 
 
 def _share(part: Size, total: Size) -> float:

@@ -1,8 +1,9 @@
-"""Names of layers in the arguments `include` and `exclude`, which all functions read alike."""
+"""Names of layers: in the arguments `include` and `exclude`, which all functions read alike, and in
+what is told of many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -46,6 +47,14 @@ class Chosen(NamedTuple):
 def has_parts(name: str, entries: Iterable[str]) -> bool:
     """Return whether one of the entries stands in a name as consecutive dotted parts."""
     return any(f".{entry}." in f".{name}." for entry in entries)
+
+
+def shortened(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Return the first names: "a, b and 3 more", or "a; b; and 3 more" of whole clauses."""
+    text = separator.join(names[:most])
+    if len(names) <= most:
+        return text
+    return f"{text}{separator.strip(', ')} and {len(names) - most} more"
 
 
 def _listed(argument: str, value: Iterable[str]) -> tuple[str, ...]:

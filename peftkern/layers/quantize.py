@@ -16,7 +16,7 @@ from torch import nn
 from peftkern.formats.nf4 import BLOCKSIZES
 from peftkern.functional.arguments import WEIGHT_DTYPES
 from peftkern.layers.expert_stack import set_stack, stacks_of
-from peftkern.layers.names import Chosen, has_parts
+from peftkern.layers.names import Chosen, has_parts, shortened
 from peftkern.layers.nf4 import NF4Linear
 from peftkern.layers.nf4_stack import NF4Stack, refusal
 from peftkern.layers.weight_readers import Read, reader_of
@@ -251,10 +251,9 @@ def _mostly_dense(
 def _warn(reasons: dict[str, str], dense: dict[str, int] | None) -> None:
     """Warn once of all that stays as it is against what a user may expect."""
     said = []
-    for reason, count in Counter(reasons.values()).most_common():
+    for reason, _ in Counter(reasons.values()).most_common():
         names = [name for name in reasons if reasons[name] == reason]
-        more = f" and {count - _NAMED} more" if count > _NAMED else ""
-        said.append(f"layers {reason}: {', '.join(names[:_NAMED])}{more}")
+        said.append(f"layers {reason}: {shortened(names, _NAMED)}")
     if dense is not None:
         kinds = ", ".join(f"{count:,} in {kind}" for kind, count in dense.items())
         said.append(f"most of the weights (nn.Linear and fused experts alone become NF4): {kinds}")

@@ -6,6 +6,19 @@ import os
 from pathlib import Path
 
 
+def check_apart(path: Path, error: type[Exception], *sources: str | os.PathLike | None) -> None:
+    """Raise `error` where a folder to write is one that is read, or one of them is in the other.
+
+    Links are followed. sources: folders, or files, which a folder beside them is apart from.
+    """
+    there = os.path.realpath(path)
+    for source in sources:
+        if source is not None:
+            here = os.path.realpath(source)
+            if os.path.commonpath([here, there]) in (here, there):
+                raise error(f"{path}: expected a folder apart from the source {source}")
+
+
 def held(path: Path, error: type[Exception]) -> list[str]:
     """Return what a folder holds that is to be written, nothing if it is new.
 

@@ -52,6 +52,40 @@ def assert_near(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert (delta - want[name]).norm() <= SVD_RECONSTRUCTION * want[name].norm()
 
 
+def held(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+APART = "expected a folder apart from the source"
+
+
+@pytest.mark.parametrize("force", [(), ("--force",)])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("resize", "one", "one", "--rank=2"),
+        ("resize", "one", "one/small", "--rank=2"),
+        ("resize", "one", ".", "--rank=2"),
+        ("resize", "one", "two/../one/", "--rank=2"),
+        ("resize", "one", "link", "--rank=2"),
+        ("resize", "link", "one", "--rank=2"),
+        ("resize", "one/adapter_model.safetensors", "one", "--rank=2"),
+        ("combine", "two", "one:0.5", "one"),
+        ("combine", "two:0.5", "one", "two"),
+        ("convert", "one", "one", "--to=mlx"),
+        ("convert", "one", "link/mlx", "--to=mlx"),
+        ("convert", "one", "two", "--to=lora", "--initial=two"),
+        ("extract", "one", "two", "two"),
+        ("extract", "one", "two", "one/adapter"),
+    ],
+)
+def test_no_adapter_is_written_over_a_source(folder, capfd, words, force):
+    (folder / "link").symlink_to("one")
+    before = held(folder)
+    refused(capfd, APART, "adapter", *words, *force)
+    assert held(folder) == before
+
+
 def test_resize(folder, capsys):
     out = run(capsys, "resize", "one", "small", "--energy", 0.7, "--rank", 2)
     assert "small: written" in out and max(map(len, out.splitlines())) <= 80

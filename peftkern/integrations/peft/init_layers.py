@@ -24,6 +24,7 @@ from peftkern.functional.arguments import WEIGHT_DTYPES, check_dense, mismatch
 from peftkern.functional.truncated_svd import Weight
 from peftkern.integrations.peft.serve import BNB_TYPES
 from peftkern.layers.expert_stack import ExpertStack
+from peftkern.layers.names import shortened
 from peftkern.layers.quantized_linear import QuantizedLinear
 from peftkern.methods.initialization.factors import Factors, subtract_update_
 from peftkern.methods.initialization.from_weights import groups
@@ -184,7 +185,7 @@ def find_layers(
             with named(name):
                 layers.append(_layer(name, module, adapter_name, weights))
     if not layers:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        why = shortened([f"{name}: {reason}" for name, reason in skipped.items()], 3, "; ")
         raise ValueError(f"model: expected linear layers or experts with an adapter "
                          f"{adapter_name!r}, got {why or 'none'}")  # fmt: skip
     used = {_parameter_name(la.name, la.module) for la in layers if la.storage}

@@ -31,6 +31,7 @@ from peftkern.integrations.peft.init_data import (
 )
 from peftkern.integrations.peft.init_layers import Layer, find_layers, set_rank
 from peftkern.integrations.peft.patch import is_patched
+from peftkern.layers.names import shortened
 from peftkern.layers.quantize import level_of_the_caller, with_progress
 from peftkern.methods.initialization.expert_statistics import Shown
 from peftkern.methods.initialization.factors import (
@@ -164,9 +165,8 @@ def _reached(
     unreached = [layer.name for layer in layers if layer.name not in factors]
     skipped |= dict.fromkeys(unreached, NO_GRADIENT)
     if unreached:
-        more = f" and {len(unreached) - 3} more" if len(unreached) > 3 else ""
         warnings.warn(
-            f"lora_ga: no gradient reaches {', '.join(unreached[:3])}{more}: left at the default "
+            f"lora_ga: no gradient reaches {shortened(unreached, 3)}: left at the default "
             "initialization",
             stacklevel=level_of_the_caller(),
         )
@@ -300,9 +300,8 @@ def _tell_unreached(directions: Mapping[str, Directions]) -> None:
         if rank and without:
             unreached.append(f"{name} {', '.join(without)}")
     if unreached:
-        more = f" and of {len(unreached) - 3} more" if len(unreached) > 3 else ""
         warnings.warn(
-            f"eva: no batch runs through experts of {'; '.join(unreached[:3])}{more}: "
+            f"eva: no batch runs through experts of {shortened(unreached, 3, '; ')}: "
             "left at the default initialization",
             stacklevel=level_of_the_caller(),
         )

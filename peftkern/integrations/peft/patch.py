@@ -47,7 +47,7 @@ from peftkern.integrations.peft.own_layers import UNCHECKED, OwnLayer
 from peftkern.integrations.peft.register import SWAPS
 from peftkern.integrations.peft.report import PatchReport, counted
 from peftkern.integrations.peft.serve import BNB_TYPES
-from peftkern.layers.names import Chosen
+from peftkern.layers.names import Chosen, shortened
 from peftkern.layers.quantize import level_of_the_caller
 
 if BNB_TYPES:
@@ -378,11 +378,10 @@ def _refuse(unserved: dict[str, str]) -> None:
     """Raise the error of `strict` if there is a layer to name."""
     if not unserved:
         return
-    said = [f"{name} ({reason})" for name, reason in list(unserved.items())[:_NAMED]]
-    more = f" and {len(unserved) - _NAMED} more" if len(unserved) > _NAMED else ""
+    said = [f"{name} ({reason})" for name, reason in unserved.items()]
     raise ValueError(
         f"strict: {len(unserved)} layers with an adapter would not be served, and nothing was "
-        f"changed: {', '.join(said)}{more}"
+        f"changed: {shortened(said, _NAMED)}"
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 
+from peftkern.layers.names import shortened
 from peftkern.tools import tables
 from peftkern.tools.adapters.inspect import Inspection, Row, Spectrum, labels, method, rows
 
@@ -82,9 +83,8 @@ def remarks(found: Inspection) -> Iterator[str]:
     yield from found.adapter.notes
     others = [name for name in found.adapter.extras if name not in found.tables]
     if others:
-        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
         count = f"{len(others)} other tensor{'s' * (len(others) != 1)}"
-        yield f"{count}: {', '.join(others[:_SHOWN])}{more}"
+        yield f"{count}: {shortened(others, _SHOWN)}"
 
 
 def cells(row: Row) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftkern.formats.rank_patterns import PREFIX
 from peftkern.functional.low_rank_svd import low_rank_svdvals
+from peftkern.layers.names import shortened
 from peftkern.tools.adapters.adapter import (
     Adapter,
     AdapterError,
@@ -78,8 +79,7 @@ def _finite(adapter: Adapter) -> Check:
 def _check(name: str, bad: list[str], well: str, ill: str) -> Check:
     if not bad:
         return Check(name, True, well)
-    more = f" and {len(bad) - _TOLD} more" if len(bad) > _TOLD else ""
-    return Check(name, False, f"{ill}{'; '.join(bad[:_TOLD])}{more}")
+    return Check(name, False, f"{ill}{shortened(bad, _TOLD, '; ')}")
 
 
 def _fits(adapter: Adapter, base: str | os.PathLike) -> Iterator[Check]:

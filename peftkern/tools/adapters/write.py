@@ -153,8 +153,10 @@ def _own(tensor: Tensor) -> Tensor:
     return tensor.clone() if shared else tensor
 
 
-def check_destination(path: Path, force: bool) -> None:
-    """Raise AdapterError unless a folder is new, empty or, with `force`, an adapter's."""
+def check_destination(path: Path, force: bool, *sources: str | os.PathLike | None) -> None:
+    """Raise AdapterError unless a folder is apart from the sources, where there are any, and new,
+    empty or, with `force`, an adapter's."""
+    destinations.check_apart(path, AdapterError, *sources)
     held = destinations.held(path, AdapterError)
     if held and not force:
         raise AdapterError(

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from peftkern.layers.names import shortened
 from peftkern.tools import pages, tables
 from peftkern.tools.bench import compare, machine, providers, terminal, training_step
 from peftkern.tools.bench.cases import (
@@ -208,7 +209,7 @@ def outputs(options: Options, names: set[str]) -> Outputs:
         if not known & names:
             raise ValueError(
                 f"--compare: {options.compare} has none of these cases; it has"
-                f" {', '.join(sorted(known)[:3]) or 'none at all'}"
+                f" {shortened(sorted(known), 3) or 'none at all'}"
             )
     return Outputs(
         json=options.json,

@@ -39,9 +39,7 @@ _SPARE_BYTES = 1 << 24  # for headers, manifest and index
 def check_destination(source: Path, destination: Path, force: bool, copies: Iterable[str]) -> None:
     """Raise CheckpointError unless the destination is apart from the source, and empty, unfinished
     or, with `force`, a checkpoint in which `copies`, and adapters, find their places."""
-    here, there = os.path.realpath(source), os.path.realpath(destination)
-    if os.path.commonpath([here, there]) in (here, there):
-        raise CheckpointError(f"{destination}: expected a folder apart from the source {source}")
+    destinations.check_apart(destination, CheckpointError, source)
     held = destinations.held(destination, CheckpointError)
     if held and WORK not in held:
         if not force:

@@ -362,7 +362,7 @@ def test_eva_of_experts_that_few_rows_reach():
     text = {"input_ids": TOKENS[0][:1, :3]}
     config = settings(base, target_modules=[], eva_config=EvaConfig(rho=1))
     with pytest.warns(
-        UserWarning, match=r"eva: no batch runs through experts of model.* and of 1 more"
+        UserWarning, match=r"eva: no batch runs through experts of model.*; and 1 more"
     ):
         report = peftkern.initialize_(base, "eva", config, batches=[text])
     for wrapper in wrappers(report.model).values():

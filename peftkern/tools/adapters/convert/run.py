@@ -114,7 +114,8 @@ def convert_adapter(
         raise AdapterError(f"rank: of plain LoRA from DoRA, and {to} was asked for")
     if rank is not None and rank < 1:
         raise AdapterError(f"rank: expected an integer above 0, got {rank}")
-    check_destination(destination, force)
+    paths = [one for one in (source, initial) if not isinstance(one, Adapter)]
+    check_destination(destination, force, *paths)
     read, layout = _read(source, from_layout)
     adapter = _named(read, layout, to, base, component)
     losses: dict[str, to_lora.Loss] = {}
