@@ -38,8 +38,12 @@ def batchable(backward: Callable[[Any, Tensor], Gradients]) -> Callable[[Any, Te
         if found is None:
             return backward(ctx, dy)
         rows, batched = found
-        grads = zip(*(run(ctx, row) for row in rows), strict=True)
-        return tuple(None if each[0] is None else batched(torch.stack(each)) for each in grads)
+        count = len(rows)
+        some = rows if count else rows.new_zeros(1, *rows.shape[1:])  # of none one tells the shapes
+        grads = zip(*(run(ctx, row) for row in some), strict=True)
+        return tuple(
+            None if each[0] is None else batched(torch.stack(each)[:count]) for each in grads
+        )
 
     return run
 

@@ -102,6 +102,16 @@ def test_a_batch_has_the_gradients_of_each(case: Callable[[], tuple]) -> None:
         torch.testing.assert_close(gradient, torch.stack(expected), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_an_empty_batch_has_their_shapes(case: Callable[[], tuple]) -> None:
+    call, inputs = case()
+    y, leaves = call(**inputs), list(inputs.values())
+    dy = torch.randn(0, *y.shape)
+    got = torch.func.vmap(lambda one: torch.autograd.grad(y, leaves, one, retain_graph=True))(dy)
+    for gradient, leaf in zip(got, leaves, strict=True):
+        assert gradient.shape == (0, *leaf.shape) and gradient.dtype is leaf.dtype
+
+
 def test_a_batch_of_batches_has_them_too() -> None:
     call, inputs = lora()
     y, x = call(**inputs), inputs["x"]
