@@ -80,8 +80,9 @@ def adalora_importance_(
                 raise mismatch(f"grads[{i}]", f"{list(shape)} on {device}", g)
     wide = torch.float64 if params[0].dtype is torch.float64 else torch.float32
     for name, state in (("exp_avg_ipt", exp_avg_ipt), ("exp_avg_unc", exp_avg_unc)):
-        if state.shape != (numel,) or state.dtype is not wide or not state.is_contiguous():
-            raise mismatch(name, f"[{numel}] contiguous {wide}", state)
+        wrong = state.shape != (numel,) or state.dtype is not wide or state.device != device
+        if wrong or not state.is_contiguous():
+            raise mismatch(name, f"[{numel}] contiguous {wide} on {device}", state)
     with torch.no_grad():
         return ops.adalora_importance_(exp_avg_ipt, exp_avg_unc, params, grads, beta1, beta2)
 

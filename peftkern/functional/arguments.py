@@ -44,6 +44,15 @@ def check_float(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...] = DTYPES
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise mismatch(name, "a tensor", value)
+    if value.layout is not torch.strided or value.is_nested:
+        raise mismatch(name, "a dense tensor", value)
+
+
+def check_values(name: str, value: Any) -> None:
+    """Check for a tensor that is read on the host."""
+    check_tensor(name, value)
+    if value.is_meta:
+        raise mismatch(name, "a tensor with values", value)
 
 
 def is_listed(values: Any) -> bool:
@@ -69,6 +78,7 @@ def check_dense(name: str, weight: Any) -> None:
     if (
         not isinstance(weight, Tensor)
         or weight.layout is not torch.strided
+        or weight.is_nested
         or _is_params4bit(weight)
     ):
         raise mismatch(name, "a dense tensor", weight)
@@ -107,6 +117,8 @@ def check_linear(x: Tensor, N: int, K: int, bias: Any, dropout_p: Any) -> None:
         raise mismatch("x", f"[..., {K}] for a weight [{N}, {K}]", x)
     if bias is not None and (
         not isinstance(bias, Tensor)
+        or bias.is_nested
+        or bias.layout is not torch.strided
         or bias.shape != (N,)
         or bias.dtype is not x.dtype
         or bias.device != x.device
@@ -123,14 +135,15 @@ def check_stored(name: str, x: Tensor, w: QuantizedWeight) -> None:
 
 
 def check_factors(N: int, K: int, device: torch.device, lora_A: Any, lora_B: Any) -> None:
-    wrong = not isinstance(lora_A, Tensor) or lora_A.dim() != 2 or lora_A.shape[1] != K
-    if wrong or lora_A.device != device:
+    wrong = not isinstance(lora_A, Tensor) or lora_A.is_nested or lora_A.dim() != 2
+    if wrong or lora_A.shape[1] != K or lora_A.device != device:
         raise mismatch("lora_A", f"[r, {K}] on {device} for a weight [{N}, {K}]", lora_A)
     r = lora_A.shape[0]
-    if not isinstance(lora_B, Tensor) or lora_B.shape != (N, r) or lora_B.device != device:
+    wrong = not isinstance(lora_B, Tensor) or lora_B.is_nested or lora_B.shape != (N, r)
+    if wrong or lora_B.device != device:
         raise mismatch("lora_B", f"[{N}, {r}] on {device} for lora_A [{r}, {K}]", lora_B)
     for name, factor in (("lora_A", lora_A), ("lora_B", lora_B)):
-        if factor.dtype not in DTYPES or factor.layout is not torch.strided or factor.is_nested:
+        if factor.dtype not in DTYPES or factor.layout is not torch.strided:
             check_float(name, factor)
 
 

@@ -16,6 +16,7 @@ from peftkern.functional.arguments import (
     autocast_to,
     check_float,
     check_frozen,
+    check_tensor,
     mismatch,
     needs_gradient,
     number,
@@ -61,11 +62,14 @@ def route_weights(
     top_k_index: Tensor, top_k_weights: Tensor | None, num_experts: int
 ) -> tuple[Routing, Tensor]:
     """Sort as `route` does, and the weights [T, top] of the pairs: returns these by row."""
-    if not isinstance(top_k_index, Tensor) or top_k_index.dim() != 2:
+    check_tensor("top_k_index", top_k_index)
+    if top_k_index.dim() != 2:
         raise mismatch("top_k_index", "[T, top]", top_k_index)
     if top_k_index.dtype not in _INDICES:
         raise mismatch("top_k_index", f"one of {_INDICES}", top_k_index)
-    E = int(num_experts)
+    E = num_experts
+    if type(E) is not int:  # of numpy, a tensor or a symbolic shape
+        E = int(number("num_experts", num_experts))
     if num_experts != E or E < 1:
         raise mismatch("num_experts", "a positive integer", num_experts)
     args = top_k_index, top_k_weights, E
@@ -265,7 +269,8 @@ def checked(
     for name, index in (("rows", rows), ("offsets", offsets)):
         if index is None and name == "rows":
             continue
-        wrong = not isinstance(index, Tensor) or index.dim() != 1 or index.dtype != torch.int32
+        check_tensor(name, index)
+        wrong = index.dim() != 1 or index.dtype != torch.int32
         if wrong or index.device != x.device:
             raise mismatch(name, f"an int32 vector on {x.device}", index)
     E = len(offsets)

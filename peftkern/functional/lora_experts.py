@@ -100,7 +100,16 @@ def lora_experts(
     check_float("hidden", hidden)
     if hidden.dim() != 2:
         raise mismatch("hidden", "[T, K]", hidden)
-    check_tensor("top_k_weights", top_k_weights)
+    check_tensor("top_k_index", top_k_index)
+    check_float("top_k_weights", top_k_weights)
+    for name, one in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
+        if one.device != hidden.device:
+            raise mismatch(name, f"[{len(hidden)}, top] on {hidden.device} like hidden", one)
+    for name, one in (("up", up), ("down", down)):
+        if type(one) is not ExpertLinear or not hasattr(one.weight, "shape"):
+            raise mismatch(name, "an ExpertLinear with a weight", one)
+    if not callable(gate):
+        raise mismatch("gate", "a function", gate)
     if top_k_weights.shape != top_k_index.shape or len(top_k_weights) != len(hidden):
         raise mismatch("top_k_weights", f"[{len(hidden)}, top] like top_k_index", top_k_weights)
     routing, w = route_weights(top_k_index, top_k_weights.detach(), up.weight.shape[0])

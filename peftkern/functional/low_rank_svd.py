@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import dispatch, ops
-from peftkern.functional.arguments import is_listed, mismatch
+from peftkern.functional.arguments import check_tensor, is_listed, mismatch
 from peftkern.functional.outputs import Output, check_outputs
 from peftkern.functional.rank_allocation import (
     SpectralStats,
@@ -308,6 +308,7 @@ def _pairs(
         for name, tensor, shape in (("lora_B", B, "[m, r]"), ("lora_A", A, "[r, n]")):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name}{where}: expected a tensor, got {type(tensor).__name__}")
+            check_tensor(f"{name}{where}", tensor)
             if tensor.dim() != 2:
                 raise ValueError(f"{name}{where}: expected {shape}, got {tuple(tensor.shape)}")
             if tensor.dtype not in DTYPES:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.functional.arguments import is_listed
+from peftkern.functional.arguments import check_float, check_values, is_listed
 from peftkern.functional.knapsack import improve
 
 COSTS = ("rank", "parameters", "bytes", "flops")
@@ -154,7 +154,9 @@ def _named_costs(
 def _joined(S: list[Tensor]) -> list[Tensor]:
     """Return [k] of every layer: of experts [E, k] the norms over them, scaled against overflow."""
     found = []
-    for sigma in S:
+    for layer, sigma in enumerate(S):
+        if isinstance(sigma, Tensor):
+            check_values(f"S[{layer}]", sigma)
         if isinstance(sigma, Tensor) and sigma.dim() == 2:
             sigma = sigma.detach().double()
             top = sigma.abs().amax() if sigma.numel() else sigma.new_ones(())
@@ -236,6 +238,7 @@ def _singular_values(S: Tensor | Sequence[Tensor]) -> tuple[bool, list[Tensor]]:
     for layer, sigma in enumerate(values):
         if not isinstance(sigma, Tensor):
             raise TypeError(f"S: expected tensors, layer {layer} is {type(sigma).__name__}")
+        check_float("S" if single else f"S[{layer}]", sigma)
         if sigma.dim() != 1:
             raise ValueError(f"S: expected [k], layer {layer} has {tuple(sigma.shape)}")
     return single, values

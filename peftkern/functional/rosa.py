@@ -21,7 +21,7 @@ from peftkern.functional.arguments import (
     check_frozen,
     check_linear,
     check_stored,
-    check_tensor,
+    check_values,
     draw_keep,
     fold_scaling,
     mismatch,
@@ -76,7 +76,7 @@ class SparseMask:
         _check_shape(shape)
         N, K = shape
         for name, index, limit in (("rows", rows, N), ("columns", columns, K)):
-            check_tensor(name, index)
+            check_values(name, index)
             if index.dim() != 1 or index.dtype not in _INTEGERS or len(index) != len(rows):
                 raise ValueError(
                     f"{name}: expected [nnz] int32 or int64, as many rows as columns, got "
@@ -109,7 +109,7 @@ class SparseMask:
         _check_shape(shape)
         N = shape[0]
         for name, index in (("crow", crow), ("col", col)):
-            check_tensor(name, index)
+            check_values(name, index)
             if index.dim() != 1 or index.dtype not in _INTEGERS or index.dtype is not crow.dtype:
                 raise ValueError(
                     f"{name}: expected 1-d int32 or int64, both alike, got {list(index.shape)} "

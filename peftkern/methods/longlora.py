@@ -151,7 +151,8 @@ def _blocks(mask: Tensor, start: int, count: int, size: int) -> Tensor:
 
 def _mask4d(mask: Tensor, q: Tensor) -> Tensor:
     B, H, T, _ = q.shape
-    ok = isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.device == q.device
+    check_tensor("attention_mask", mask)
+    ok = mask.dtype is torch.bool and mask.device == q.device
     if ok and mask.shape == (B, T):
         return mask[:, None, None, :].expand(B, 1, T, T)
     ok = ok and mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[1] in (1, H)

@@ -186,6 +186,89 @@ def test_wrong_kinds_are_refused_by_name(call, argument):
         assert "\n" not in said and "expected" in said, (kind, said)
 
 
+def unusual(tensor: Tensor) -> dict[str, Tensor]:
+    """What is a tensor of that shape and none to compute with."""
+    tensor = tensor.detach()
+    rows = [*tensor] if tensor.dim() > 1 else [tensor]
+    found = {"sparse": tensor.to_sparse(), "nested": torch.nested.nested_tensor(rows)}
+    return found | {"jagged": torch.nested.nested_tensor(rows, layout=torch.jagged)}
+
+
+def other_dtypes(tensor: Tensor) -> dict[str, Tensor]:
+    if not tensor.is_floating_point():
+        return {"float": tensor.double()}
+    return {"integers": tensor.detach().long(), "complex": tensor.detach().to(torch.complex64)}
+
+
+EXPERTS = {name: torch.randn(shape) for name, shape in (("up", (2, 2 * N, K)), ("down", (2, K, N)))}
+OF_EXPERTS: dict[str, tuple[Callable, dict[str, Any]]] = {
+    "route": (peftkern.route, {"top_k_index": torch.zeros(M, 1).long(), "num_experts": 2}),
+    "grouped_lora_linear": (
+        peftkern.grouped_lora_linear,
+        {
+            **{"x": LAYER["x"], "weight": DENSE[None], "lora_A": FACTORS["lora_A"][None]},
+            **{"lora_B": FACTORS["lora_B"][None], "bias": torch.randn(1, N), "scaling": 1.0},
+            "offsets": torch.tensor([M], dtype=torch.int32),
+        },
+    ),
+    "lora_experts": (
+        peftkern.lora_experts,
+        {
+            **{"hidden": LAYER["x"], "top_k_index": torch.zeros(M, 1).long()},
+            **{"top_k_weights": torch.ones(M, 1)},
+            **{name: peftkern.ExpertLinear(weight) for name, weight in EXPERTS.items()},
+        },
+    ),
+}
+
+
+TENSORS = [
+    (call, name)
+    for call, (_, arguments) in (CALLS | OF_EXPERTS).items()
+    for name, value in arguments.items()
+    if isinstance(value, Tensor)
+]
+
+
+@pytest.mark.parametrize(("call", "argument"), [*TENSORS, ("allocate_rank", "S")])
+def test_tensors_of_other_layouts_and_dtypes_are_refused_by_name(call, argument):
+    function, arguments = (CALLS | OF_EXPERTS)[call]
+    value = arguments[argument]
+    listed = isinstance(value, list)
+    first = value[0] if listed else value
+    for kind, wrong in (unusual(first) | other_dtypes(first)).items():
+        said = refused(function, arguments | {argument: [wrong] if listed else wrong})
+        assert re.match(rf"{argument}(\[0\])?: expected", said), (kind, said)
+        assert "\n" not in said, (kind, said)
+
+
+@pytest.mark.parametrize("call", OF_EXPERTS)
+def test_wrong_kinds_are_refused_of_experts_too(call):
+    function, arguments = OF_EXPERTS[call]
+    function(**arguments)
+    for argument in arguments:
+        for kind in ("list", "text", "array", "tensor"):
+            said = refused(function, arguments | {argument: WRONG[kind]})
+            named = re.match(r"\w+: expected ", said) and argument in said
+            assert named and "\n" not in said, (kind, said)
+
+
+@pytest.mark.parametrize(
+    ("call", "argument"),
+    [
+        *(("from_indices", name) for name in ("rows", "columns")),
+        *(("from_csr", name) for name in ("crow", "col")),
+        *(("adalora_importance_", "exp_avg_unc"), ("lora_experts", "top_k_weights")),
+        ("allocate_rank", "S"),
+    ],
+)
+def test_tensors_without_values_are_refused_where_these_are_read(call, argument):
+    function, arguments = (CALLS | OF_EXPERTS)[call]
+    value = arguments[argument]
+    given = [value[0].to("meta")] if isinstance(value, list) else value.to("meta")
+    assert refused(function, arguments | {argument: given}).startswith(argument)
+
+
 @pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("call", [call for call, (_, a) in CALLS.items() if {"w", "weight"} & {*a}])
 def test_the_weight_of_bitsandbytes_is_told_how_to_convert_it(call, storage):
