@@ -105,9 +105,9 @@ def lora_experts(
     for name, one in (("top_k_index", top_k_index), ("top_k_weights", top_k_weights)):
         if one.device != hidden.device:
             raise mismatch(name, f"[{len(hidden)}, top] on {hidden.device} like hidden", one)
-    for name, one in (("up", up), ("down", down)):
-        if type(one) is not ExpertLinear or not hasattr(one.weight, "shape"):
-            raise mismatch(name, "an ExpertLinear with a weight", one)
+    for name, linear in (("up", up), ("down", down)):
+        if type(linear) is not ExpertLinear or not hasattr(linear.weight, "shape"):
+            raise mismatch(name, "an ExpertLinear with a weight", linear)
     if not callable(gate):
         raise mismatch("gate", "a function", gate)
     if top_k_weights.shape != top_k_index.shape or len(top_k_weights) != len(hidden):
