@@ -30,7 +30,6 @@ from peftkern.tools.adapters.extract_experts import (
     Stack,
     are_same,
     find_stack,
-    read_tensor,
     stack_update,
     stored_roundings,
 )
@@ -124,7 +123,7 @@ def extract(
     extracted: dict[str, Extracted] = {}
     changed: list[_Place] = []
     for place in places:
-        before, after = read_tensor(place.base), read_tensor(place.tuned)
+        before, after = place.base.read(), place.tuned.read()
         if are_same(before, after):
             pass
         elif place.kind not in _LOW_RANK:
@@ -170,15 +169,13 @@ def _carried(
                 "rearranges it: save_pretrained() both models with this transformers first"
             )
         if place.kind == "bias" and place.module in updates:
-            extras[f"{PREFIX}{place.module}.base_layer.bias"] = read_tensor(place.tuned)
+            extras[f"{PREFIX}{place.module}.base_layer.bias"] = place.tuned.read()
             bias = "lora_only" if bias == "none" else bias
         elif place.kind == "bias":
-            extras[f"{PREFIX}{place.module}.bias"], bias = read_tensor(place.tuned), "all"
+            extras[f"{PREFIX}{place.module}.bias"], bias = place.tuned.read(), "all"
         elif place.kind == "tied":
             saved |= dict.fromkeys(place.tied)
-            extras |= {
-                f"{PREFIX}{name}.weight": read_tensor(place.tuned).clone() for name in place.tied
-            }
+            extras |= {f"{PREFIX}{name}.weight": place.tuned.read().clone() for name in place.tied}
         elif any(name.startswith(f".{place.module}.".replace("..", ".")) for name in inside):
             name = place.tuned.name
             notes.append(f"{name}: changed, and not carried, as layers in its module have updates")
@@ -186,7 +183,7 @@ def _carried(
             saved[place.module] = None
     for place in places:
         if place.module in saved and place.kind == "other":
-            extras[f"{PREFIX}{place.module}.{place.parameter}"] = read_tensor(place.tuned)
+            extras[f"{PREFIX}{place.module}.{place.parameter}"] = place.tuned.read()
     return extras, {"bias": bias, "modules_to_save": list(saved) or None}, tuple(notes)
 
 

@@ -23,7 +23,7 @@ from peftkern.tools.checkpoints.architecture import (
     stacks_experts,
     transposes_experts,
 )
-from peftkern.tools.checkpoints.checkpoint import TensorInfo, read_tensors
+from peftkern.tools.checkpoints.checkpoint import TensorInfo
 from peftkern.tools.checkpoints.decoded import DecodedInfo
 
 Found = tuple[LoraFactors, Tensor, float, float]
@@ -59,11 +59,9 @@ class Stack(NamedTuple):
     def read(self, tensors: dict[str, TensorInfo]) -> Iterator[Tensor]:
         """Yield the matrices [m, n] of the experts, one after the other."""
         if self.whole:
-            (matrices,) = (iter(one) for one in read_tensors([tensors[self.whole]], {self.whole}))
+            matrices = tensors[self.whole].items()
         else:
-            matrices = (
-                torch.cat([read_tensor(tensors[name]) for name in one]) for one in self.rows
-            )
+            matrices = (torch.cat([tensors[name].read() for name in one]) for one in self.rows)
         yield from (matrix.T if self.turned else matrix for matrix in matrices)
 
     def roundings(self, tensors: dict[str, TensorInfo]) -> Iterator[float]:
@@ -142,9 +140,3 @@ def are_same(before: Tensor, after: Tensor) -> bool:
 def stored_roundings(info: TensorInfo) -> Iterable[float]:
     """Return the energy of the rounding to 4 bits of each expert, or of all; () if it is dense."""
     return map(quantized_rounding, info.quantized()) if isinstance(info, DecodedInfo) else ()
-
-
-def read_tensor(info: TensorInfo) -> Tensor:
-    """Read one tensor. Raises: CheckpointError if its file has changed since it was checked."""
-    [[tensor]] = map(list, read_tensors([info]))
-    return tensor

@@ -1,8 +1,8 @@
 """Reader of untrusted safetensors folders, as transformers writes them.
 
 The whole folder is checked before any tensor is read: the tensors of `read_checkpoint` lie within
-the files, which lie within the folder. Pickles are never opened. safetensors reads the tensors, one
-at a time and not through a map, so that a file that shrinks is an error, not a signal.
+the files, which lie within the folder. Pickles are never opened. Tensors are read one at a time and
+not through a map, so that a file that shrinks is an error, not a signal.
 """
 
 from __future__ import annotations
@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Container, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import groupby
-from operator import attrgetter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,20 +61,28 @@ class TensorInfo:
     nbytes: int
     offset: int
 
-    def read(self, file: safe_open) -> Tensor:
-        """Return the values; `file` is its own, open."""
-        return file.get_tensor(self.name)
+    def read(self) -> Tensor:
+        """Return the values. Raises: CheckpointError if the file was cut off since its check."""
+        return self.fill(torch.empty(self.shape, dtype=DTYPES[self.dtype]))
+
+    def fill(self, tensor: Tensor) -> Tensor:
+        """Read the values into a contiguous tensor of as many bytes; raises as `read`."""
+        data = tensor.reshape(-1).view(torch.uint8).numpy()
+        with unchanged(self.file), open(self.file, "rb") as file:
+            file.seek(self.offset)
+            if file.readinto(data) != len(data):
+                raise OSError("cut off")
+        return tensor
+
+    def item(self, number: int) -> TensorInfo:
+        """Return the place of one item along the first dimension."""
+        nbytes = self.nbytes // self.shape[0]
+        place = {"nbytes": nbytes, "offset": self.offset + number * nbytes}
+        return replace(self, shape=self.shape[1:], **place)
 
     def items(self) -> Iterator[Tensor]:
-        """Yield those along the first dimension; safetensors reads the whole for each of them."""
-        count, *shape = self.shape
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            for _ in range(count):
-                data = bytearray(self.nbytes // count)
-                if file.readinto(data) != len(data):
-                    raise OSError("cut off")
-                yield torch.frombuffer(data, dtype=DTYPES[self.dtype]).view(shape)
+        """Yield the values along the first dimension, read one at a time."""
+        return (self.item(number).read() for number in range(self.shape[0]))
 
 
 @dataclass(frozen=True)
@@ -159,31 +165,13 @@ def folder_file(folder: Path, name: str) -> Path:
     return folder / name
 
 
-def read_tensors(
-    infos: Iterable[TensorInfo], stacks: Container[str] = ()
-) -> Iterator[Iterator[Tensor]]:
-    """Yield tensors one after the other, each as its parts: the items along the first dimension of
-    those named in `stacks`, read one at a time, the whole of others. Read the parts of one before
-    the next.
-
-    Raises: CheckpointError if a file has changed since it was checked.
-    """
-    for path, group in groupby(infos, key=attrgetter("file")):
-        with unchanged(path), open_safetensors(path) as file:
-            for info in group:
-                yield _parts(file, info, info.name in stacks)
-
-
-def _parts(file: safe_open, info: TensorInfo, stack: bool) -> Iterator[Tensor]:
-    with unchanged(info.file):
-        yield from info.items() if stack else (info.read(file),)
-
-
 @contextlib.contextmanager
 def unchanged(path: Path) -> Iterator[None]:
     """Name a checked file in the error of a read. Raises: CheckpointError."""
     try:
         yield
+    except CheckpointError:
+        raise
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: changed while it was read: {error}") from None
 

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from safetensors import safe_open
 from torch import Tensor
 
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.layers.expert_stack import ExpertStack, expert_weight
-from peftkern.tools.checkpoints.checkpoint import Checkpoint, TensorInfo, unchanged
+from peftkern.tools.checkpoints.checkpoint import Checkpoint, TensorInfo
 from peftkern.tools.checkpoints.streaming import DTYPE_NAMES
 from peftkern.tools.checkpoints.weights import Weight, find_weights, join_stacks
 
@@ -33,7 +32,7 @@ class DecodedInfo(TensorInfo):
         name, nbytes = DTYPE_NAMES[weight.dtype], math.prod(weight.shape) * weight.dtype.itemsize
         return cls(weight.name, weight.info.file, name, weight.shape, nbytes, 0, weight)
 
-    def read(self, file: safe_open) -> Tensor:
+    def read(self) -> Tensor:
         return self.weight.read()
 
     def items(self) -> Iterator[Tensor]:
@@ -47,8 +46,7 @@ class DecodedInfo(TensorInfo):
         Raises: CheckpointError if its file has changed since it was checked.
         """
         for one in self.weight.experts() if self.weight.stack else (self.weight,):
-            with unchanged(self.file):
-                stored = one.stored()
+            stored = one.stored()
             yield expert_weight(stored) if isinstance(stored, ExpertStack) else stored
 
 

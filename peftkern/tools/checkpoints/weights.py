@@ -30,10 +30,9 @@ from peftkern.tools.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
     TensorInfo,
-    open_safetensors,
+    unchanged,
 )
 from peftkern.tools.checkpoints.four_bit import FourBit
-from peftkern.tools.checkpoints.streaming import read_into
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +68,7 @@ class Weight:
         return sum(info.nbytes for info in self.infos)
 
     def read(self) -> Tensor:
-        """Return its values, decoded to its dtype."""
+        """Return its values, decoded to its dtype; raises as `stored`."""
         if self.stack and len(self.shape) == 3:
             dense = torch.empty(self.shape, dtype=self.dtype)
             for place, one in zip(dense, self.experts(), strict=True):
@@ -84,37 +83,28 @@ class Weight:
         return dense.T.contiguous() if self.transposed else dense
 
     def stored(self) -> Tensor | QuantizedWeight:
-        """Return its values as they are stored; one expert of a stack is a stack of one."""
-        if self.stack:
-            shape = self.shape if len(self.shape) == 3 else (1, *self.shape)
-            stack = self.four_bit.stack(shape, self.dtype, turned=self.transposed)
-            for info, part in zip(self.infos, stack.parts, strict=True):
-                _read(info, part)
-            return stack
-        if self.four_bit is not None:
+        """Return its values as they are stored; one expert of a stack is a stack of one.
+
+        Raises: CheckpointError if its file has changed since it was checked.
+        """
+        if self.four_bit is None:
+            return self.info.read()
+        with unchanged(self.info.file):
+            if self.stack:
+                shape = self.shape if len(self.shape) == 3 else (1, *self.shape)
+                stack = self.four_bit.stack(shape, self.dtype, turned=self.transposed)
+                for info, part in zip(self.infos, stack.parts, strict=True):
+                    info.fill(part)
+                return stack
             blocks = None if self.four_bit.format in STATE_KEYS else self.four_bit
-            return _from_state(self.name, _tensors(self.infos), self.dtype, blocks)
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        _read(self.info, tensor)
-        return tensor
+            state = {info.name: info.read() for info in self.infos}
+            return _from_state(self.name, state, self.dtype, blocks)
 
     def experts(self) -> Iterator[Weight]:
         """Yield those of a stack [E, ...], dense or in 4 bits, each a part of its files."""
         for number in range(self.shape[0]):
-            infos = tuple(_expert(info, number) for info in self.infos)
+            infos = tuple(info.item(number) for info in self.infos)
             yield replace(self, shape=self.shape[1:], infos=infos)
-
-
-def _expert(info: TensorInfo, number: int) -> TensorInfo:
-    """Return the place of one item along the first dimension."""
-    nbytes = info.nbytes // info.shape[0]
-    place = {"nbytes": nbytes, "offset": info.offset + number * nbytes}
-    return replace(info, shape=info.shape[1:], **place)
-
-
-def _read(info: TensorInfo, tensor: Tensor) -> None:
-    with open(info.file, "rb") as file:
-        read_into(file.fileno(), tensor, info.offset)
 
 
 def find_weights(checkpoint: Checkpoint, *, stacks: bool = False) -> dict[str, Weight]:
@@ -272,7 +262,7 @@ def _quantized_weight(
     """Check the parts against each other; memory for the large ones is never touched."""
     with _damage_named(name, infos[0]):
         small = {f"{name}.{part}" for part in ("quant_map", *STATE_KEYS.values())}
-        state = _tensors([info for info in infos if info.name in small])
+        state = {info.name: info.read() for info in infos if info.name in small}
         for info in infos:
             state.setdefault(info.name, torch.empty(info.shape, dtype=DTYPES[info.dtype]))
         w = _from_state(name, state, dtype, blocks)
@@ -294,14 +284,6 @@ def _from_state(
     return BlockWeight(
         blocks.format, packed, shape=shape, dtype=dtype, blocksize=blocks.blocksize, **parts
     )
-
-
-def _tensors(infos: Iterable[TensorInfo]) -> dict[str, Tensor]:
-    state = {}
-    for info in infos:
-        with open_safetensors(info.file) as file:
-            state[info.name] = file.get_tensor(info.name)
-    return state
 
 
 @contextlib.contextmanager

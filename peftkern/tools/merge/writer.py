@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peftkern.functional import dequantize
 from peftkern.functional.panels import full_float32, parallel
-from peftkern.tools.checkpoints.checkpoint import READ_ERRORS, CheckpointError, TensorInfo
+from peftkern.tools.checkpoints.checkpoint import CheckpointError, TensorInfo
 from peftkern.tools.checkpoints.four_bit import FourBit, state
 from peftkern.tools.checkpoints.streaming import (
     CutOff,
@@ -120,7 +120,7 @@ class _Writer:
                 yield partial(self.whole, unit)
 
     def copy(self, unit: Unit, info: TensorInfo, slot: Slot) -> _Done:
-        with _reading(unit.weight, CutOff):
+        with _reading(unit.weight):
             copy_range(self.sources[info.file], self.target, info.offset, slot.offset, info.nbytes)
         start_writeback(self.target, slot.offset, slot.nbytes)
         return _Done(unit.name, info.nbytes)
@@ -131,7 +131,7 @@ class _Writer:
         columns, slot, source = weight.shape[-1], unit.slots[0], self.sources[weight.info.file]
         begin = end = slot.offset + run[0].start * columns * slot.dtype.itemsize
         nbytes, changes = 0, []
-        with _reading(weight, CutOff):
+        with _reading(weight):
             for panel in run:
                 rows = buffers.take("rows", (panel.last - panel.first, columns), weight.dtype)
                 offset = weight.info.offset + panel.start * columns * weight.dtype.itemsize
@@ -145,8 +145,7 @@ class _Writer:
 
     def whole(self, unit: Unit) -> _Done:
         """Merge a weight in memory: one that is in 4 bits, or will be, or needs all its rows."""
-        with _reading(unit.weight, *READ_ERRORS):
-            weight = rounded_as_trained(unit, unit.weight.read())
+        weight = rounded_as_trained(unit, unit.weight.read())
         merged, change = merged_tensor(unit, weight, self._buffers())
         if unit.four_bit is None:
             self._write(unit, {unit.name: merged})
@@ -168,8 +167,7 @@ class _Writer:
         """Merge one expert, of a stack that is or will be in 4 bits, or was in training."""
         before, merged, nbytes = [], [], 0
         for part in unit.experts[number]:
-            with _reading(part.weight, *READ_ERRORS):
-                before.append(rounded_as_trained(part, part.weight.read()))
+            before.append(rounded_as_trained(part, part.weight.read()))
             total, change = merged_tensor(part, before[-1], self._buffers())
             merged.append(total)
             nbytes += part.weight.nbytes
@@ -214,8 +212,9 @@ def _has_values_of(unit: Unit, stored: FourBit) -> bool:
 
 
 @contextmanager
-def _reading(weight: Weight, *errors: type[Exception]) -> Iterator[None]:
+def _reading(weight: Weight) -> Iterator[None]:
+    """Name the file of a weight that is cut off; errors of the target are the disk's."""
     try:
         yield
-    except errors as error:
+    except CutOff as error:
         raise CheckpointError(f"{weight.info.file}: changed while it was read: {error}") from None

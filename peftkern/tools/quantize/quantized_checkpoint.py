@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -31,7 +31,6 @@ from peftkern.tools.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
     open_safetensors,
-    read_tensors,
 )
 from peftkern.tools.checkpoints.companions import find_companions
 from peftkern.tools.quantize.file_plan import Choice, Options, Plan, Size, Unit, plan_files
@@ -236,15 +235,8 @@ def _write_file(
     """Write one file, whole or not at all."""
     tensors: dict[str, Tensor] = {}
     largest = (0.0, "")
-    infos = [info for unit in units for info in unit.infos]
-    fused = {unit.infos[0].name for unit in units if unit.shape and len(unit.infos[0].shape) == 3}
-    sources = read_tensors(infos, fused)
     for unit in units:
-        parts = (part for source in islice(sources, len(unit.infos)) for part in source)
-        if unit.shape:
-            state, error = _stacked(unit, parts, options, rewriter)
-        else:
-            state, error = _one(unit, list(parts), options, rewriter)
+        state, error = (_stacked if unit.shape else _one)(unit, options, rewriter)
         tensors |= state
         if error is not None:
             largest = max(largest, (error, unit.name))
@@ -277,10 +269,10 @@ def _digest(metadata: Mapping[str, str], tensors: Iterable[tuple[str, Tensor]]) 
 
 
 def _one(
-    unit: Unit, kept: list[Tensor], options: Options, rewriter: Rewriter | None
+    unit: Unit, options: Options, rewriter: Rewriter | None
 ) -> tuple[dict[str, Tensor], float | None]:
     """Return the tensors that a weight becomes, and its error unless it is kept as it is."""
-    names = [info.name for info in unit.infos]
+    names, kept = [info.name for info in unit.infos], [info.read() for info in unit.infos]
     weight = kept[0] if len(kept) == 1 else torch.cat(kept)
     if unit.quantized:
         weight = weight.to(options.device)
@@ -301,13 +293,15 @@ def _one(
 
 
 def _stacked(
-    unit: Unit, parts: Iterator[Tensor], options: Options, rewriter: Rewriter | None
+    unit: Unit, options: Options, rewriter: Rewriter | None
 ) -> tuple[dict[str, Tensor], float]:
     """Return the two tensors that a stack of experts becomes, and the largest error of one."""
     count, *shape = unit.shape
     dtype, how = DTYPES[unit.infos[0].dtype], {"turned": unit.turned, "device": options.device}
     stack = options.four_bit.stack(unit.shape, dtype, **how)
     pieces = max(len(unit.infos) // count, 1)  # of an expert
+    fused = len(unit.infos[0].shape) == 3
+    parts = unit.infos[0].items() if fused else (info.read() for info in unit.infos)
     error = 0.0
     for expert in range(count):
         weight = torch.cat(list(islice(parts, pieces))).to(options.device)

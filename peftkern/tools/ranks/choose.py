@@ -25,7 +25,7 @@ from peftkern.integrations.peft.rank_report import RankReport
 from peftkern.integrations.peft.rank_stacks import names_of
 from peftkern.integrations.peft.suggest_ranks import make_report, suggest_ranks
 from peftkern.methods.rank_choice import LoraBudget, matrix_spectra
-from peftkern.tools.adapters.extract_experts import Stack, read_tensor
+from peftkern.tools.adapters.extract_experts import Stack
 from peftkern.tools.checkpoints.architecture import meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.initialize.from_text import load_model
@@ -133,7 +133,7 @@ def _matrices(
 ) -> Iterator[tuple[str, Weight]]:
     for name, target in targets.items():
         info = checkpoint.tensors[name]
-        weight = read_tensor(info).to(device)
+        weight = info.read().to(device)
         yield target.module, weight.T if target.transposed else weight
         del weight  # before the next is read
         progress(info.nbytes, name)

@@ -12,7 +12,7 @@ from merged_folders import load, make_mixture, make_model, save_base
 from peak_memory import growth
 from quantized_folders import convert
 
-from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint, read_tensors
+from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from peftkern.tools.checkpoints.decoded import decoded
 
 KINDS = {
@@ -37,9 +37,8 @@ def test_values_are_those_that_transformers_loads(tmp_path: Path, kind: str) -> 
     assert len(infos) == len(found.tensors)
     stacks = {info.name for info in infos if len(info.shape) == 3}
     for names in (set(), stacks):
-        for info, parts in zip(infos, read_tensors(infos, names), strict=True):
-            tensors = list(parts)
-            got = torch.stack(tensors) if info.name in names else tensors[0]
+        for info in infos:
+            got = torch.stack(list(info.items())) if info.name in names else info.read()
             assert got.dtype is torch.bfloat16 and tuple(got.shape) == info.shape
             assert info.nbytes == got.nbytes and torch.equal(got, expected[info.name]), info.name
     dense = read_checkpoint(base)
@@ -55,9 +54,9 @@ def test_a_file_that_is_cut_off_while_it_is_read_is_named(tmp_path: Path) -> Non
     infos = [found.tensors[f"model.layers.0.{name}"] for name in names]
     path.write_bytes(path.read_bytes()[:2000])
     for info in infos:
-        for stacks in (set(), {info.name}):
+        for read in (info.read, lambda info=info: list(info.items())):
             with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was"):
-                list(map(list, read_tensors([info], stacks)))
+                read()
 
 
 @pytest.mark.parametrize(("family", "format"), [("Qwen3Moe", "nf4"), ("GptOss", "mxfp4")])
@@ -69,13 +68,12 @@ def test_experts_are_read_one_at_a_time(tmp_path: Path, family: str, format: str
     info = next(info for name, info in found.tensors.items() if name.endswith("gate_up_proj"))
 
     def read() -> None:
-        for parts in read_tensors([info], {info.name}):
-            assert sum(1 for _ in parts) == count
+        assert sum(1 for _ in info.items()) == count
 
     read()
     # An expert is 0.6 MB; 3 to 5 MB are pages that the heap gave back before and takes again.
     assert growth(read) < info.nbytes / 8
-    whole = growth(lambda: list(map(list, read_tensors([info]))))
+    whole = growth(info.read)
     assert whole < info.nbytes * 1.3
 
 

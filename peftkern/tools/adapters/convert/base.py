@@ -17,10 +17,8 @@ from peftkern.tools.adapters.convert.diffusers import COMPONENTS
 from peftkern.tools.checkpoints.checkpoint import (
     READ_ERRORS,
     CheckpointError,
-    TensorInfo,
     open_safetensors,
     read_checkpoint,
-    read_tensors,
 )
 from peftkern.tools.checkpoints.decoded import decoded
 
@@ -119,7 +117,10 @@ class Weights:
         if weight is None:
             if name not in self._tensors:
                 raise AdapterError(f"{self._base}: {name}: expected it in the base")
-            weight = self._read(self._tensors[name])
+            try:
+                weight = self._tensors[name].read()
+            except CheckpointError as error:
+                raise AdapterError(str(error)) from None
         weight = weight.flatten(1) if update.kind == "conv" else weight
         square = weight.ndim == 2 and weight.shape[0] == weight.shape[1]
         turned = tuple(weight.shape) == update.size[::-1]
@@ -147,10 +148,3 @@ class Weights:
             return isinstance(meta_model(self._checkpoint).get_submodule(module), Conv1D)
         except (CheckpointError, AttributeError):
             return self._fan_in_fan_out
-
-    def _read(self, info: TensorInfo) -> Tensor:
-        try:
-            [[tensor]] = map(list, read_tensors([info]))
-            return tensor
-        except CheckpointError as error:
-            raise AdapterError(str(error)) from None
