@@ -24,7 +24,7 @@ from peftkern.functional.low_rank_svd import (
     low_rank_svdvals,
     truncate_lora,
 )
-from peftkern.functional.truncated_svd import truncated_svd
+from peftkern.functional.truncated_svd import Weight, truncated_svd
 from peftkern.methods.rank_rules import RankRule, choose_ranks
 
 __all__ = ["Loss", "above", "best_pair", "concatenate", "dora_weight", "keeping", "loss_of"]
@@ -127,7 +127,7 @@ def best_pair(
     weight: Tensor,
     choice: int | Choice,
     *,
-    minus: Tensor | None = None,
+    minus: Weight | None = None,
     most: int | None = None,
 ) -> tuple[LoraFactors, Tensor, float]:
     """Return the best approximation of weight - minus, of a rank, or of one that is chosen.

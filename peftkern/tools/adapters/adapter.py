@@ -93,6 +93,11 @@ class Update:
             return [(self.lora_B, self.lora_A)]
         return list(zip(self.lora_B.unbind(), self.lora_A.unbind(), strict=True))
 
+    def with_factors(self, lora_A: Tensor, lora_B: Tensor, **others: Any) -> Update:
+        """Return an update of the same weight with other factors, for a scaling of 1."""
+        shape = self.shape and (lora_A.shape[0], *self.shape[1:])
+        return replace(self, lora_A=lora_A, lora_B=lora_B, scaling=1.0, shape=shape, **others)
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield what it holds, by name."""
         for name in ("lora_A", "lora_B", "magnitude", "bias"):

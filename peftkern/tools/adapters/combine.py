@@ -122,11 +122,9 @@ def _sum(group: Group) -> Update:
 
 
 def _with_sum(group: Group, lora_B: Tensor, lora_A: Tensor) -> Update:
-    first = group[0][0]
     biases = [u.bias.float() * (w * u.scaling) for u, w in group if u.bias is not None]
     bias = torch.stack(biases).sum(0) if biases else None
-    shape = first.shape and (lora_A.shape[0], *first.shape[1:])
-    return replace(first, lora_A=lora_A, lora_B=lora_B, scaling=1.0, shape=shape, bias=bias)
+    return group[0][0].with_factors(lora_A, lora_B, bias=bias)
 
 
 def _none_lost(update: Update) -> Loss:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from peftkern.functional.low_rank_svd import LoraFactors
 from peftkern.methods.low_rank_algebra import Loss, truncate
@@ -58,18 +57,14 @@ def truncated(
         factors, losses = truncate(*map(list, columns), rule, **options)
     except ValueError as error:
         raise AdapterError(str(error)) from error
-    cut = map(with_factors, updates, factors)
+    cut = map(_with_factors, updates, factors)
     found = adapter.with_updates(cut)
     return found, {update.key: loss for update, loss in zip(updates, losses, strict=True)}
 
 
-def with_factors(update: Update, factors: LoraFactors) -> Update:
-    """Return an update of the same weight with other factors, for a scaling of 1."""
+def _with_factors(update: Update, factors: LoraFactors) -> Update:
     bias = None if update.bias is None else update.bias.float() * update.scaling
-    shape = update.shape and (factors.lora_A.shape[0], *update.shape[1:])
-    return replace(
-        update, lora_A=factors.lora_A, lora_B=factors.lora_B, scaling=1.0, shape=shape, bias=bias
-    )
+    return update.with_factors(factors.lora_A, factors.lora_B, bias=bias)
 
 
 def check_base(adapter: Adapter) -> None:

@@ -26,7 +26,6 @@ from peftkern.tools.checkpoints.checkpoint import CONFIG, INDEX, Checkpoint, Che
 from peftkern.tools.merge.arithmetic import Change
 from peftkern.tools.merge.plan import Options, index_of
 from peftkern.tools.merge.request import Adapters, Plan, plan_merge
-from peftkern.tools.merge.tensors import Residual
 from peftkern.tools.merge.writer import Progress, Written, write_file
 
 MANIFEST = "manifest.json"  # in the work folder: a note of each finished file
@@ -184,7 +183,7 @@ def _state(path: Path) -> list[int] | None:
 
 def _save_residuals(path: Path, written: Written) -> None:
     tensors = {
-        f"{name}.{part}": tensor
+        f"{name}.{part}": tensor.contiguous()
         for name, residual in written.residuals.items()
         for part, tensor in residual._asdict().items()
     }
@@ -201,8 +200,8 @@ def _write_residual(work: Path, plan: Plan, destination: Path) -> None:
         for name in sorted({key.rpartition(".")[0] for key in tensors}):
             (place, *_) = plan.places.by_tensor[name]
             module = place.parameter.removesuffix(".weight")
-            factors = (tensors[f"{name}.{part}"] for part in Residual._fields)
-            updates[module] = Update(module, "weight", "linear", *factors, scaling=1.0)
+            A, B = (tensors[f"{name}.{part}"] for part in ("lora_A", "lora_B"))
+            updates[module] = Update(module, "weight", "linear", A, B, scaling=1.0)
     config = {
         "peft_type": "LORA",
         "base_model_name_or_path": str(destination),

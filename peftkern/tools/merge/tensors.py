@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.formats.block_weight import QuantizedWeight
-from peftkern.functional.truncated_svd import truncated_svd
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 from peftkern.tools.merge.arithmetic import (
     Added,
@@ -31,13 +29,6 @@ _PANEL = 1 << 17  # values: two buffers of float32 and one of 16 bits are 1.3 MB
 _FEWEST_ROWS = 16  # a product with fewer rows is summed in another order by some libraries
 _MEASURED = 32  # of the panels of a merged tensor, one of so many is compared
 _COMPARED = 8  # likewise of one that is in other 4 bits than before, and not merged
-
-
-class Residual(NamedTuple):
-    """Factors of what 4 bits have lost of a weight [N, K]: lora_B @ lora_A."""
-
-    lora_A: Tensor
-    lora_B: Tensor
 
 
 class Block(NamedTuple):
@@ -190,10 +181,3 @@ def measure_lost(weight: Tensor, stored: Tensor) -> Change:
     pairs = zip(*found, strict=True)
     change = sum((measure(w, w.float(), after, after) for w, after in pairs), Change())
     return change._replace(merged=weight.numel())
-
-
-def residual_of(merged: Tensor, stored: QuantizedWeight, rank: int) -> Residual:
-    """Return the best update of that rank for what 4 bits have lost."""
-    svd = truncated_svd(merged, min(rank, *merged.shape), minus=stored)
-    root = svd.S.sqrt()
-    return Residual((root[:, None] * svd.Vh).contiguous(), (svd.U * root).contiguous())

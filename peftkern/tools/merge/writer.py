@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from peftkern.functional import dequantize
+from peftkern.functional.low_rank_svd import LoraFactors
 from peftkern.functional.panels import full_float32, parallel
+from peftkern.methods.low_rank_algebra import best_pair
 from peftkern.tools.checkpoints.checkpoint import CheckpointError, TensorInfo
 from peftkern.tools.checkpoints.four_bit import FourBit, state
 from peftkern.tools.checkpoints.streaming import (
@@ -36,13 +38,11 @@ from peftkern.tools.merge.arithmetic import Buffers, Change
 from peftkern.tools.merge.plan import Experts, File, Options, Unit
 from peftkern.tools.merge.tensors import (
     Panel,
-    Residual,
     measure_lost,
     measure_stored,
     merged_panel,
     merged_tensor,
     panels,
-    residual_of,
     rounded_as_trained,
 )
 
@@ -53,17 +53,17 @@ Progress = Callable[[int, str], None]  # finished bytes of the base, and the ten
 @dataclass
 class Written:
     """What a file's report needs: changes of the weights that were merged, or are in other 4 bits
-    than before, and residuals."""
+    than before, and residuals: the best updates for what 4 bits have lost of weights."""
 
     changes: dict[str, Change] = field(default_factory=dict)
-    residuals: dict[str, Residual] = field(default_factory=dict)
+    residuals: dict[str, LoraFactors] = field(default_factory=dict)
 
 
 class _Done(NamedTuple):
     name: str
     nbytes: int
     change: Change | None = None
-    residual: Residual | None = None
+    residual: LoraFactors | None = None
 
 
 def write_file(path: Path, file: File, options: Options, progress: Progress) -> Written:
@@ -160,7 +160,7 @@ class _Writer:
         elif unit.weight.four_bit is not None:
             change = measure_lost(weight, dequantize(w))
         rank = self.options.residual
-        residual = residual_of(merged, w, rank) if rank else None
+        residual = best_pair(merged, rank, minus=w)[0] if rank else None
         return _Done(unit.name, unit.weight.nbytes, change, residual)
 
     def expert(self, unit: Experts, number: int) -> _Done:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftkern.methods.low_rank_algebra import dora_weight
+from peftkern.methods.low_rank_algebra import best_pair, dora_weight
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update, changed_base
 from peftkern.tools.adapters.convert.base import base_table
 
@@ -60,15 +60,9 @@ def subtract_initial(adapter: Adapter, initial: Adapter) -> Adapter:
                 f"{adapter.source}: {base_table(update)}: is of the changed base, and would "
                 "replace the original's"
             )
-        rank = update.rank + other.rank
-        updates.append(
-            dataclasses.replace(
-                update,
-                lora_A=torch.cat([update.lora_A, other.lora_A], dim=-2),
-                lora_B=torch.cat([update.lora_B, -other.lora_B], dim=-1),
-                shape=(rank, *update.shape[1:]) if update.shape else (),
-            )
-        )
+        lora_A = torch.cat([update.lora_A, other.lora_A], dim=-2)
+        lora_B = torch.cat([update.lora_B, -other.lora_B], dim=-1)
+        updates.append(update.with_factors(lora_A, lora_B))
     config = {**adapter.config, "base_model_name_or_path": None}  # it was that of the changed one
     return dataclasses.replace(adapter, config=config).with_updates(updates)
 
@@ -99,41 +93,17 @@ def undo_dora(
         if update.magnitude is None:
             updates.append(update)
             continue
-        plain, losses[key] = _truncate(adapter, update, weight_of(update), rank)
+        plain, losses[key] = _truncate(update, weight_of(update), rank)
         updates.append(plain)
     return adapter.with_updates(updates), losses
 
 
-def merged_dora(weight: Tensor, update: Update) -> Tensor:
-    """Return the weight [m, n] that DoRA computes with, in float32."""
+def _truncate(update: Update, weight: Tensor, rank: int | None) -> tuple[Update, Loss]:
     product = update.lora_B.float() @ update.lora_A.float()
-    return dora_weight(weight, product.mul_(update.scaling), update.magnitude)
-
-
-def _truncate(
-    adapter: Adapter, update: Update, weight: Tensor, rank: int | None
-) -> tuple[Update, Loss]:
-    from peftkern.functional.truncated_svd import truncated_svd
-
-    if tuple(weight.shape) != update.size:
-        raise AdapterError(
-            f"{adapter.source}: {update.key}: expected a weight {list(update.size)} in the base, "
-            f"got {list(weight.shape)}"
-        )
-    rank = min(rank or update.rank, *update.size)
-    found = truncated_svd(merged_dora(weight, update), rank, minus=weight)
-    root = found.S.sqrt()
-    norm, kept = float(found.norm), found.S.double().square().sum().item()
-    lost = math.sqrt(max(norm**2 - kept, 0.0))
-    plain = dataclasses.replace(
-        update,
-        lora_A=(root[:, None] * found.Vh).contiguous(),
-        lora_B=(found.U * root).contiguous(),
-        scaling=1.0,
-        shape=(rank, *update.shape[1:]) if update.shape else (),
-        magnitude=None,
-    )
-    return plain, Loss(rank, lost, norm)
+    merged = dora_weight(weight, product, update.magnitude)
+    (lora_B, lora_A), S, norm = best_pair(merged, rank or update.rank, minus=weight)
+    lost = math.sqrt(max(norm**2 - S.double().square().sum().item(), 0.0))
+    return update.with_factors(lora_A, lora_B, magnitude=None), Loss(len(S), lost, norm)
 
 
 def check_lora(adapter: Adapter, *, initial: bool, base: bool) -> None:
