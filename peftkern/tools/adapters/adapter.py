@@ -93,6 +93,14 @@ class Update:
             return [(self.lora_B, self.lora_A)]
         return list(zip(self.lora_B.unbind(), self.lora_A.unbind(), strict=True))
 
+    def shaped(self) -> tuple[Tensor, Tensor]:
+        """Return lora_A and lora_B, of a convolution in the shapes of its two layers."""
+        if self.kind != "conv":
+            return self.lora_A, self.lora_B
+        ones = (1,) * (len(self.shape) - 2)
+        lora_A = self.lora_A.reshape(-1, *self.shape[1:])
+        return lora_A, self.lora_B.reshape(*self.lora_B.shape, *ones)
+
     def with_factors(self, lora_A: Tensor, lora_B: Tensor, **others: Any) -> Update:
         """Return an update of the same weight with other factors, for a scaling of 1."""
         shape = self.shape and (lora_A.shape[0], *self.shape[1:])

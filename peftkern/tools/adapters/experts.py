@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from peftkern.formats.json_files import brief
 from peftkern.formats.rank_patterns import PREFIX
-from peftkern.tools.adapters.adapter import AdapterError
+from peftkern.tools.adapters.adapter import AdapterError, Update
 from peftkern.tools.adapters.targets import is_module_target, parameter_targets
 
 LAYOUTS = ("peft", "peft-old-moe", "unsloth", "unsloth-old-moe")
@@ -32,22 +32,6 @@ REGISTERED = ("gate_up_proj", "gate_proj", "up_proj", "gate_up_proj_bias", "down
 _MARKER = "lora_B_layout"  # of Unsloth, in the config
 _MARKED = {"rank_major": "peft", "grouped_by_expert": "unsloth"}
 _SETTLED = (0, 19, 1)  # the first PEFT that reads its own files as "peft"
-
-
-class Stack(NamedTuple):
-    """Factors of one parameter of a module of experts, as they are in the file."""
-
-    module: str
-    parameter: str
-    lora_A: Tensor
-    lora_B: Tensor
-
-
-class Layout(NamedTuple):
-    """Layout of a file, and the evidence in words."""
-
-    name: str
-    evidence: str
 
 
 def regroup(A: Tensor, B: Tensor, experts: int, layout: str) -> tuple[Tensor, Tensor]:
@@ -119,18 +103,20 @@ def wrapped_parameters(
 
 def find_layout(
     config: Mapping[str, Any],
-    stacks: Sequence[Stack],
+    stacks: Sequence[Update],
     hidden: int | None,
     asked: str | None,
     source: str,
-) -> Layout:
+) -> tuple[str, str]:
     """Tell the layout of the stacks of one file, or take the one that was asked for.
 
     Both matrices of one module tell input from output: gate_up_proj [2I, H] and down_proj [H, I]
     fit one way only. So does a hidden size that other layers show. Which columns of B belong to
     an expert no shape tells: PEFT's are known, Unsloth's if its marker is there.
 
-    Args: hidden: inputs of the attention's projections, if all agree.
+    Args: stacks: their factors as they are in the file; hidden: inputs of the attention's
+        projections, if all agree.
+    Returns: the layout, and the evidence in words.
     Raises: AdapterError asking for a layout where nothing tells, or where the shapes rule out the
         one that was asked for.
     """
@@ -140,7 +126,7 @@ def find_layout(
     if asked is not None:
         if shown and shown[0][0] != asked.endswith("old-moe"):
             raise AdapterError(f"{source}: not in layout {asked}: {shown[0][1]}")
-        return Layout(asked, "as asked for")
+        return asked, "as asked for"
     packing, why = _packing(config, stacks, source)
     if shown:
         old, seen = shown[0]
@@ -153,14 +139,14 @@ def find_layout(
             f"{list(one.lora_B.shape)} do not tell input from output, which PEFT before 0.19.1 "
             f"exchanged: --layout {packing} or {_exchanged(packing)}"
         )
-    return Layout(_exchanged(packing) if old else packing, f"{seen}; {why}")
+    return _exchanged(packing) if old else packing, f"{seen}; {why}"
 
 
 def _exchanged(packing: str) -> str:
     return f"{packing}-old-moe"
 
 
-def _shown(stacks: Sequence[Stack], hidden: int | None) -> list[tuple[bool, str]]:
+def _shown(stacks: Sequence[Update], hidden: int | None) -> list[tuple[bool, str]]:
     """List what shapes tell: whether input and output are exchanged, and what shows it."""
     found, modules = [], {}
     for one in stacks:
@@ -181,7 +167,7 @@ def _shown(stacks: Sequence[Stack], hidden: int | None) -> list[tuple[bool, str]
     return found
 
 
-def _packing(config: Mapping[str, Any], stacks: Sequence[Stack], source: str) -> tuple[str, str]:
+def _packing(config: Mapping[str, Any], stacks: Sequence[Update], source: str) -> tuple[str, str]:
     """Tell which columns of B belong to an expert. Raises: AdapterError."""
     if (marker := config.get(_MARKER)) is not None:
         if marker not in _MARKED:

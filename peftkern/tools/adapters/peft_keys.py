@@ -79,7 +79,7 @@ def parse(
     else:
         wrapped = {name: (one.module, one.parameter) for name, one in known.items()}
     updates: dict[str, Update] = {}
-    stacks: dict[str, tuple[experts.Stack, int]] = {}
+    counts: dict[str, int] = {}  # of the experts of stacks
     names = []
     for name, one in found.items():
         module, parameter = wrapped.get(name, (name, "weight"))
@@ -90,19 +90,18 @@ def parse(
         update = _update(module, parameter, one, scaling)
         updates[update.key] = update
         if count > 1:
-            stack = experts.Stack(module, parameter, update.lora_A, update.lora_B)
-            stacks[update.key] = stack, count
+            counts[update.key] = count
     notes = [f"without effect: {entry}" for entry in unused(config, names, extras)]
-    if stacks:
-        told = experts.Layout("peft", "a live model")
+    if counts:
+        found_layout, evidence = "peft", "a live model"
         if known is None:
-            hidden = _hidden_size(updates)
-            flat = [stack for stack, _ in stacks.values()]
-            told = experts.find_layout(config, flat, hidden, layout, source)
-        notes.insert(0, f"experts in layout {told.name}: {told.evidence}")
-        for key, (stack, count) in stacks.items():
-            A, B = experts.regroup(stack.lora_A, stack.lora_B, count, told.name)
-            updates[key] = replace(updates[key], kind="experts", lora_A=A, lora_B=B)
+            stacks, hidden = [updates[key] for key in counts], _hidden_size(updates)
+            found_layout, evidence = experts.find_layout(config, stacks, hidden, layout, source)
+        notes.insert(0, f"experts in layout {found_layout}: {evidence}")
+        for key, count in counts.items():
+            flat = updates[key]
+            A, B = experts.regroup(flat.lora_A, flat.lora_B, count, found_layout)
+            updates[key] = replace(flat, kind="experts", lora_A=A, lora_B=B)
     return Adapter(config, updates, extras, source, tuple(notes))
 
 
@@ -216,14 +215,11 @@ def named(update: Update, parameters: Mapping[str, list[str]]) -> Iterator[tuple
 
     Args: parameters: of each module, those that have an update.
     """
-    name, A, B = PREFIX + update.module, update.lora_A, update.lora_B
+    name, (A, B) = PREFIX + update.module, update.shaped()
     if update.parameter != "weight":
         name = PREFIX + experts.wrapper(update.module, update.parameter, parameters[update.module])
     if update.kind == "experts":
         A, B = experts.ungroup(A, B)
-    elif update.kind == "conv":
-        ones = (1,) * (len(update.shape) - 2)
-        A, B = A.reshape(-1, *update.shape[1:]), B.reshape(*B.shape, *ones)
     if update.kind == "embedding":
         yield from ((f"{name}.lora_embedding_A", A), (f"{name}.lora_embedding_B", B))
     else:

@@ -226,11 +226,11 @@ def _json_object(path: Path) -> dict[str, Any]:
 
 
 class Header(NamedTuple):
-    """Entries of a file's tensors, its metadata, and where the tensors begin."""
+    """Entries of a file's tensors, its metadata, and all bytes before the tensors."""
 
     entries: dict[str, dict[str, Any]]
     metadata: dict[str, str]
-    start: int
+    data: bytes
 
 
 def read_header(path: Path) -> Header:
@@ -244,12 +244,12 @@ def read_header(path: Path) -> Header:
         with open_safetensors(path):
             pass
         with open(path, "rb") as file:
-            data = file.read(int.from_bytes(file.read(8), "little"))
-            start = file.tell()
+            length = file.read(8)
+            text = file.read(int.from_bytes(length, "little"))
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: damaged, cut off or not safetensors: {error}") from None
     try:
-        entries = parse_json(data, unique=True)
+        entries = parse_json(text, unique=True)
     except ValueError as error:
         raise CheckpointError(f"{path}: its header: {error}") from None
     metadata = entries.pop("__metadata__", None) or {}
@@ -264,12 +264,12 @@ def read_header(path: Path) -> Header:
                 f"{path}: {brief(name)} has dtype {brief(entry['dtype'])}, "
                 f"expected one of {', '.join(DTYPES)}"
             )
-    return Header(entries, metadata, start)
+    return Header(entries, metadata, length + text)
 
 
 def _tensors_of(path: Path, quantized: bool) -> list[TensorInfo]:
     """Read the header of one file, in the order of its data."""
-    header, metadata, start = read_header(path)
+    header, metadata, data = read_header(path)
     if metadata.get("format", "pt") != "pt":
         raise CheckpointError(
             f"{path}: expected weights of PyTorch, got format {brief(metadata['format'])}"
@@ -279,6 +279,6 @@ def _tensors_of(path: Path, quantized: bool) -> list[TensorInfo]:
         if _QUANTIZED.search(name) and not quantized:
             raise CheckpointError(f"{path}: already quantized, it holds {brief(name)}")
         begin, end = entry["data_offsets"]
-        shape, at = tuple(entry["shape"]), start + begin
+        shape, at = tuple(entry["shape"]), len(data) + begin
         found.append(TensorInfo(name, path, entry["dtype"], shape, end - begin, at))
     return found

@@ -14,7 +14,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,16 +67,6 @@ def layout(slots: Sequence[Slot], metadata: Mapping[str, str]) -> tuple[bytes, l
         placed.append(Slot(slot.name, slot.dtype, slot.shape, begin))
         begin += slot.nbytes
     return header, placed
-
-
-def read_header(path: Path) -> tuple[bytes, set[str], dict[str, str]]:
-    """Return the header of a checked file: as it is, the names of its tensors, and its metadata."""
-    with open(path, "rb") as file:
-        length = file.read(8)
-        text = file.read(int.from_bytes(length, "little"))
-    entries = json.loads(text)
-    metadata = entries.pop("__metadata__", None) or {}
-    return length + text, set(entries), metadata
 
 
 def read_into(file: int, tensor: Tensor, offset: int) -> None:

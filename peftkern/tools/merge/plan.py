@@ -17,9 +17,10 @@ from peftkern.tools.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointError,
     TensorInfo,
+    read_header,
 )
 from peftkern.tools.checkpoints.four_bit import FourBit
-from peftkern.tools.checkpoints.streaming import Slot, layout, read_header
+from peftkern.tools.checkpoints.streaming import Slot, layout
 from peftkern.tools.checkpoints.weights import Weight, main_dtype
 from peftkern.tools.merge.arithmetic import in_panels
 from peftkern.tools.merge.edits import Edit
@@ -314,7 +315,7 @@ def _at(place: Place, edit: Edit, weight: Weight) -> Edit:
 
 def _file(path: Path, units: Sequence[Unit | Experts]) -> File:
     """Give all tensors their places: those of the base's file, if nothing else fits there."""
-    header, names, metadata = read_header(path)
+    names, metadata, header = read_header(path)
     infos = {info.name: info for unit in units for info in unit.infos}
     slots = [slot for unit in units for slot in unit.slots]
     there = {

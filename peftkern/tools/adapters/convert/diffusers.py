@@ -20,7 +20,7 @@ from torch import Tensor
 from peftkern.formats.json_files import parse_json
 from peftkern.formats.rank_patterns import rank_fields
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update, check_config
-from peftkern.tools.adapters.convert.pairs import check_floating, from_update, to_update
+from peftkern.tools.adapters.convert.pairs import check_floating, to_update
 from peftkern.tools.adapters.scaling import scale_of
 from peftkern.tools.adapters.source import Source
 
@@ -128,7 +128,7 @@ def write(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _parts(update: Update) -> dict[str, Tensor]:
-    lora_A, lora_B = from_update(update)
+    lora_A, lora_B = update.shaped()
     parts = {A: lora_A, B: lora_B, BIAS: update.bias, MAGNITUDE: update.magnitude}
     return {update.module + s: tensor for s, tensor in parts.items() if tensor is not None}
 

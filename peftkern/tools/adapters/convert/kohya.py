@@ -20,7 +20,7 @@ from torch import Tensor
 
 from peftkern.formats.json_files import brief
 from peftkern.tools.adapters.adapter import Adapter, AdapterError, Update
-from peftkern.tools.adapters.convert.pairs import check_floating, from_update, to_update
+from peftkern.tools.adapters.convert.pairs import check_floating, to_update
 from peftkern.tools.adapters.source import Source
 
 FILE = "pytorch_lora_weights.safetensors"  # any name serves sd-scripts; diffusers finds this one
@@ -164,7 +164,7 @@ def _name(adapter: Adapter, update: Update, prefixes: Mapping[str, str]) -> str:
 
 
 def _parts(update: Update) -> dict[str, Tensor]:
-    down, up = from_update(update)
+    down, up = update.shaped()
     parts = {DOWN: down, UP: up, ALPHA: torch.tensor(update.scaling * update.rank)}
     if update.magnitude is not None:
         parts[DORA] = update.magnitude.reshape(-1, *[1] * (up.ndim - 1))

@@ -1,4 +1,4 @@
-"""A pair of factors from a file, of a linear layer or a convolution, as an update and back."""
+"""A pair of factors from a file, of a linear layer or a convolution, as an update."""
 
 from __future__ import annotations
 
@@ -43,12 +43,3 @@ def to_update(
     kind, shape = ("conv", tuple(lora_A.shape)) if ones else ("linear", ())
     pair = lora_A.flatten(1), lora_B.flatten(1)
     return Update(module, "weight", kind, *pair, scaling, shape, magnitude, bias)
-
-
-def from_update(update: Update) -> tuple[Tensor, Tensor]:
-    """Return lora_A and lora_B in the shapes of a file."""
-    if update.kind != "conv":
-        return update.lora_A, update.lora_B
-    ones = [1] * (len(update.shape) - 2)
-    lora_B = update.lora_B.reshape(*update.lora_B.shape, *ones)
-    return update.lora_A.reshape(-1, *update.shape[1:]), lora_B
