@@ -20,6 +20,7 @@ from peftkern.tools.adapters.noise import quantized_rounding
 from peftkern.tools.checkpoints.architecture import (
     Load,
     expert_tensors,
+    is_turned,
     stacks_experts,
     transposes_experts,
 )
@@ -80,7 +81,7 @@ def find_stack(model: nn.Module, target: str, loads: Sequence[Load]) -> Stack | 
     Raises: CheckpointError as `expert_tensors`.
     """
     first, (module, _, parameter) = loads[0], target.rpartition(".")
-    turned = bool(getattr(model.get_submodule(module), "is_transposed", False))
+    turned = is_turned(model.get_submodule(module))
     if first.converter is None:
         return Stack(module, parameter, turned, first.info.name)
     if transposes_experts(first.converter):

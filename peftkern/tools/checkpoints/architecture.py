@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -138,6 +139,11 @@ def transposes_experts(converter: WeightConverter) -> bool:
     (operation,) = converter.operations if len(converter.operations) == 1 else (None,)
     turns = isinstance(operation, Transpose) and {operation.dim0, operation.dim1} == {1, 2}
     return turns and operation.check_dims
+
+
+def is_turned(experts: nn.Module) -> bool:
+    """Return whether the parameters of fused experts are [E, in, out]."""
+    return bool(getattr(experts, "is_transposed", False))
 
 
 def check_shape(info: TensorInfo, shape: tuple[int, ...]) -> None:

@@ -20,7 +20,13 @@ from peftkern.integrations.peft.initialize import OF_EXPERTS
 from peftkern.layers.quantize import expert_parameters
 from peftkern.methods.initialization.factors import check_rank
 from peftkern.tools.adapters.extract_experts import Stack, find_stack
-from peftkern.tools.checkpoints.architecture import Load, check_shape, find_loads, meta_model
+from peftkern.tools.checkpoints.architecture import (
+    Load,
+    check_shape,
+    find_loads,
+    is_turned,
+    meta_model,
+)
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from peftkern.tools.checkpoints.decoded import DecodedInfo
 
@@ -249,11 +255,6 @@ def _experts(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, Target]
                 target = Target(module, (m, n), stack.turned, parameter, E if stack.whole else 1)
                 found[rows[0]] = replace(target, sources=rows if len(rows) > 1 else ())
     return found
-
-
-def is_turned(experts: nn.Module) -> bool:
-    """Return whether the parameters of fused experts are [E, in, out]."""
-    return bool(getattr(experts, "is_transposed", False))
 
 
 def expert_shape(experts: nn.Module, parameter: str) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ from peftkern.formats.rank_patterns import PREFIX
 from peftkern.tools.adapters import Adapter, Update
 from peftkern.tools.adapters.adapter import UNMERGEABLE, changed_base, check_finite
 from peftkern.tools.adapters.targets import target_name
+from peftkern.tools.checkpoints.architecture import is_turned
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
 from peftkern.tools.checkpoints.weights import spellings
 
@@ -216,7 +217,7 @@ def _of_parameter(update: Update) -> Update:
 
 def _is_flipped(module: nn.Module, update: Update, shape: tuple[int, ...]) -> bool:
     if update.kind == "experts":
-        return len(shape) == 3 and bool(getattr(module, "is_transposed", False))
+        return len(shape) == 3 and is_turned(module)
     return isinstance(module, Conv1D)
 
 

@@ -28,15 +28,14 @@ from peftkern.integrations.transformers.block_linear import BlockLinearConfig, P
 from peftkern.integrations.transformers.mxfp4_experts import FAMILY, MXFP4ExpertsConfig
 from peftkern.integrations.transformers.nf4_experts import NF4ExpertsConfig
 from peftkern.layers.quantize import expert_parameters
+from peftkern.tools.adapters.extract_experts import find_stack
 from peftkern.tools.checkpoints.architecture import (
     Load,
     check_shape,
-    expert_tensors,
     find_loads,
+    is_turned,
     load_targets,
     meta_model,
-    stacks_experts,
-    transposes_experts,
 )
 from peftkern.tools.checkpoints.checkpoint import DTYPES, Checkpoint, CheckpointError
 from peftkern.tools.quantize.file_plan import Choice, Stack
@@ -158,36 +157,26 @@ def _expert_weights(
 
     Raises: CheckpointError for tensors that are not those of the model's experts.
     """
-    wanted = {
-        f"{module_name}.{name}": (tuple(module.get_parameter(name).shape), _is_turned(module))
-        for module_name, module, name in _stacks(model)
-        if all(should_convert_module(n, skip) for n in (module_name, f"{module_name}.{name}"))
-    }
     parts: dict[str, list[Load]] = {}
     for load in loads:
-        if load.target in wanted:
-            parts.setdefault(load.target, []).append(load)
-    stacks = {}
-    for target, found in parts.items():
-        converter = found[0].converter
-        if converter is None or transposes_experts(converter):
-            info, (shape, turned) = found[0].info, wanted[target]
-            E, N, K = shape
-            transposed = converter is not None and info.shape == (E, K, N) != (E, N, K)
-            check_shape(info, (E, K, N) if transposed else (E, N, K))
-            stacks[target] = Stack(shape, (info.name,), transposed, turned)
-        elif stacks_experts(converter):
-            stacks[target] = _stacked(target, wanted[target][0], found)
-    return stacks, [target for target in wanted if target not in stacks]
-
-
-def _stacked(target: str, shape: tuple[int, ...], loads: Sequence[Load]) -> Stack:
-    """Put the tensors in the order of their values in the stack."""
-    E, N, K = shape
-    infos = [info for parts in expert_tensors(target, loads, E) for info in parts]
-    for info in infos:
-        check_shape(info, (N * E // len(infos), K))
-    return Stack(shape, tuple(info.name for info in infos))
+        parts.setdefault(load.target, []).append(load)
+    stacks, dense = {}, []
+    for module_name, module, name in _stacks(model):
+        target = f"{module_name}.{name}"
+        if not all(should_convert_module(one, skip) for one in (module_name, target)):
+            continue
+        found = find_stack(model, target, parts[target]) if target in parts else None
+        if found is None:
+            dense.append(target)
+            continue
+        infos, turned = [load.info for load in parts[target]], is_turned(module)
+        E, N, K = shape = tuple(module.get_parameter(name).shape)
+        transposed = infos[0].shape == (E, K, N) and found.turned != turned
+        whole = (E, K, N) if transposed else shape
+        for info in infos:
+            check_shape(info, whole if found.whole else (N * E // len(infos), K))
+        stacks[target] = Stack(shape, tuple(found.names), transposed, turned and bool(found.whole))
+    return stacks, dense
 
 
 def _stacks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
@@ -195,11 +184,6 @@ def _stacks(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, str]]:
     for module_name, module in model.named_modules():
         for name in expert_parameters(module):
             yield module_name, module, name
-
-
-def _is_turned(experts: nn.Module) -> bool:
-    """Return whether the parameters of fused experts are [E, in, out]."""
-    return bool(getattr(experts, "is_transposed", False))
 
 
 def _left_out(model: PreTrainedModel, skip: Sequence[str]) -> list[str]:

@@ -18,8 +18,8 @@ import peftkern
 from peftkern.formats.nf4 import STATE_KEY, NF4Weight
 from peftkern.integrations.transformers import NF4ExpertsConfig  # noqa: F401  registers itself
 from peftkern.layers.nf4_stack import NF4Stack
+from peftkern.tools.adapters import extract_experts
 from peftkern.tools.checkpoints.checkpoint import CheckpointError
-from peftkern.tools.quantize import linear_weights
 
 ONE_BY_ONE = [family for family, (*_, fused) in MOE_FAMILIES.items() if not fused]
 
@@ -155,7 +155,7 @@ def test_stacks_that_are_turned_on_loading(tmp_path, monkeypatch, known):
     model = Qwen3VLMoeModel(config).bfloat16()
     model.save_pretrained(tmp_path / "src")
     if not known:
-        monkeypatch.setattr(linear_weights, "transposes_experts", lambda converter: False)
+        monkeypatch.setattr(extract_experts, "transposes_experts", lambda converter: False)
     summary = convert(tmp_path / "src", tmp_path / "out")
     plan = summary.plan
     assert (plan.experts.tensors, plan.kept_experts.tensors) == ((2, 0) if known else (0, 2))
