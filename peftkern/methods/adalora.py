@@ -246,7 +246,7 @@ class RankAllocator:
             raise ValueError(f"step: {step} draws the last mask, but nothing was scored before")
         if not draw and step < self.schedule.last_step:
             return budget, None
-        limits = {} if self.limits is None else self.limits.of(list(layers))._asdict()
+        limits = {} if self.limits is None else self.limits.of(list(layers))
         self._drawn_from = self.importance.scores
         gathered = lora_E if plain else [with_gradient(E) for E in lora_E]
         self.mask = adalora_allocate_(self._drawn_from, gathered, budget, ties=self.ties, **limits)

@@ -19,6 +19,8 @@ Source: Chen et al. 2024, section 3.2, arXiv:2309.12307
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -66,25 +68,17 @@ def shifted_sparse_attention(
     H, H_kv = q.shape[1], k.shape[1]
     if H_kv % 2:  # a head of keys would serve both halves
         k, v = (t.repeat_interleave(H // H_kv, dim=1) for t in (k, v))
+    options = {"is_causal": is_causal, "scale": scale, "dropout_p": dropout_p}
     halves = []
     for half, first in enumerate((group_size, group_size // 2)):
         parts = (t.chunk(2, dim=1)[half] for t in (q, k, v))
         seen = mask if mask is None or mask.shape[1] == 1 else mask.chunk(2, dim=1)[half]
-        options = (seen, is_causal, scale, dropout_p)
-        halves.append(_grouped(*parts, first, group_size, *options))
+        halves.append(_grouped(*parts, seen, first, group_size, **options))
     return torch.cat(halves, dim=1)
 
 
 def _grouped(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: int,
-    size: int,
-    mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    dropout_p: float,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, first: int, size: int, **options: Any
 ) -> Tensor:
     """Attend in groups: one of `first` tokens, then full ones, then what remains."""
     T = q.shape[2]
@@ -95,10 +89,11 @@ def _grouped(
         if start >= stop:
             continue
         group = (stop - start) // count
-        tensors = (_fold(t[:, :, start:stop], count) for t in (q, k, v))
+        parts = (t[:, :, start:stop].unflatten(2, (count, group)) for t in (q, k, v))
+        tensors = (part.transpose(1, 2).flatten(0, 1) for part in parts)  # [B * count, H, g, D]
         seen = None if mask is None else _blocks(mask, start, count, group)
-        y = _attend(*tensors, seen, is_causal, scale, dropout_p)
-        out.append(_unfold(y, q.shape[0], count))
+        y = _attend(*tensors, seen, **options)
+        out.append(y.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3))
     return torch.cat(out, dim=2) if out else q.clone()
 
 
@@ -107,11 +102,10 @@ def _attend(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    *,
     is_causal: bool,
-    scale: float | None,
-    dropout_p: float,
+    **options: float | None,
 ) -> Tensor:
-    options = {"scale": scale, "dropout_p": dropout_p}
     shared = q.shape[1] // k.shape[1]
     if mask is None:
         options |= {"is_causal": is_causal, "enable_gqa": shared > 1}
@@ -126,27 +120,13 @@ def _attend(
     return y.masked_fill(~some, 0.0)
 
 
-def _fold(x: Tensor, count: int) -> Tensor:
-    """Reshape [B, H, count * g, D] to [B * count, H, g, D]."""
-    B, H, T, D = x.shape
-    g = T // count
-    return x.view(B, H, count, g, D).transpose(1, 2).reshape(B * count, H, g, D)
-
-
-def _unfold(x: Tensor, B: int, count: int) -> Tensor:
-    """Reshape [B * count, H, g, D] to [B, H, count * g, D]."""
-    _, H, g, D = x.shape
-    return x.view(B, count, H, g, D).transpose(1, 2).reshape(B, H, count * g, D)
-
-
 def _blocks(mask: Tensor, start: int, count: int, size: int) -> Tensor:
     """Return the blocks [B * count, H or 1, size, size] on a mask's diagonal, from `start` on."""
     stop = start + count * size
     square = mask[:, :, start:stop, start:stop]
-    B, H = square.shape[:2]
     tiles = square.unflatten(3, (count, size)).unflatten(2, (count, size))
     blocks = tiles.diagonal(dim1=2, dim2=4)  # [B, H, size, size, count]
-    return blocks.permute(0, 4, 1, 2, 3).reshape(B * count, H, size, size)
+    return blocks.permute(0, 4, 1, 2, 3).flatten(0, 1)
 
 
 def _mask4d(mask: Tensor, q: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,14 +26,6 @@ _EXPERT = re.compile(r"(?:^|\.)experts?\.\d+(?:\.|$)")
 # What configs of transformers call the experts of a layer, and those that a token goes to.
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token")
-
-
-class _LayerArguments(NamedTuple):
-    """Arguments of `adalora_allocate_`, one number for each layer."""
-
-    cost: list[float]
-    r_min: list[int]
-    r_max: list[int]
 
 
 @dataclass(frozen=True)
@@ -51,14 +43,14 @@ class RankLimits:
     target_budget: float
     init_budget: float = field(compare=False)
 
-    def of(self, layers: Sequence[str]) -> _LayerArguments:
+    def of(self, layers: Sequence[str]) -> dict[str, list[Any]]:
         """Return the arguments of `adalora_allocate_` for layers in that order."""
         caps = (self.max_rank[name] for name in layers)
-        return _LayerArguments(
-            [self.cost[name] for name in layers],
-            [self.min_rank[name] for name in layers],
-            [UNLIMITED if cap is None else cap for cap in caps],
-        )
+        return {
+            "cost": [self.cost[name] for name in layers],
+            "r_min": [self.min_rank[name] for name in layers],
+            "r_max": [UNLIMITED if cap is None else cap for cap in caps],
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers, which JSON keeps to the last bit."""

@@ -52,7 +52,8 @@ def test_floors_and_caps_by_name():
     assert list(limits.max_rank.values()) == [2, 9, 9, None]
     assert (limits.init_budget, limits.target_budget) == (14, 9)
     two = limits.of(["layers.0.q_proj", "layers.0.experts.0.up"])
-    assert two == ([1, 1], [0, 1], [2, 9]) and limits.of(["layers.1.q_proj"]).r_max[0] > 10**6
+    assert two == {"cost": [1, 1], "r_min": [0, 1], "r_max": [2, 9]}
+    assert limits.of(["layers.1.q_proj"])["r_max"][0] > 10**6
     assert budget.limits(triplets(r=2), target_r=1) == limits  # after triplets were dropped
     assert RankBudget().is_plain and not budget.is_plain
     state = json.loads(json.dumps(limits.state_dict()))
@@ -138,7 +139,7 @@ def test_a_training_stays_within_its_limits_and_resumes(budget):
             ranks = {name: sum(kept) for name, kept in run[2].rank_pattern().items()}
             spent = sum(limits.cost[name] * r for name, r in ranks.items())
             assert spent <= allowed * (1 + 1e-9)
-            most = limits.of(list(ranks)).r_max
+            most = limits.of(list(ranks))["r_max"]
             assert all(limits.min_rank[n] <= r for n, r in ranks.items())
             assert all(r <= cap for r, cap in zip(ranks.values(), most, strict=True))
             assert all((run[0].get_submodule(n).lora_E != 0).sum() == r for n, r in ranks.items())

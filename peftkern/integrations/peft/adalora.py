@@ -126,7 +126,7 @@ class PatchedRankAllocator(RankAllocator):
         if not importance.scores.is_cpu:  # rank_pattern is a list: it waits for the device anyway
             importance.check_finite(layers)
         gathered = [with_gradient(E) for E in lora_E]
-        limits = {} if self.limits is None else self.limits.of(list(layers))._asdict()
+        limits = {} if self.limits is None else self.limits.of(list(layers))
         scores, ranks = importance.scores, [E.shape[0] for E in lora_E]
         mask = adalora_allocate_(scores, gathered, max(budget, 0), ties=self.ties, **limits)
         if any(map(is_sharded, lora_E)):
