@@ -108,17 +108,6 @@ def dynamic_map() -> tuple[float, ...]:
     return tuple(sorted(values))
 
 
-def state_dict_bytes(numel: int, *, blocksize: int, double_quant: bool) -> int:
-    """Return the size of `NF4Weight.state_dict` without a weight.
-
-    The length of its JSON depends on the values: it is shorter than `STATE_BYTES` for any weight of
-    two dimensions, and may be padded with spaces to that.
-    """
-    nblocks = -(-numel // blocksize)
-    absmax = nblocks + 4 * (-(-nblocks // NESTED_BLOCKSIZE) + 256) if double_quant else 4 * nblocks
-    return (numel + 1) // 2 + absmax + 4 * len(NF4_CODE) + STATE_BYTES
-
-
 def numel_of(shape: Any, field: str = "shape") -> int:
     """Return the number of elements of a shape; refuse anything but sizes that fit in int64."""
     if not isinstance(shape, (tuple, list)):

@@ -187,11 +187,6 @@ def fields(layout: Sequence[int]) -> tuple[Field, ...]:
     )
 
 
-def stored_bytes(layout: Sequence[int]) -> int:
-    """Return the size of a weight's tensors. Raises: ValueError as `fields` does."""
-    return sum(length * dtype.itemsize for _, dtype, length in fields(layout))
-
-
 def stored(tensors: Sequence[Tensor], layout: Sequence[int]) -> Stored:
     """Name the parts of a weight.
 

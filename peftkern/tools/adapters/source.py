@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import Tensor
 
-from peftkern.formats.json_files import brief, read_json
+from peftkern.formats.json_files import brief
 from peftkern.tools.adapters.adapter import AdapterError
 from peftkern.tools.checkpoints.checkpoint import (
     READ_ERRORS,
     CheckpointError,
     folder_file,
+    json_object,
     open_safetensors,
     read_header,
 )
@@ -49,9 +50,10 @@ def open_source(path: str | os.PathLike) -> Source:
     path = Path(path)
     try:
         file = folder_file(path, _weights(path)) if path.is_dir() else _plain(path)
-        config = folder_file(file.parent, CONFIG) if os.path.lexists(file.parent / CONFIG) else None
-        metadata = read_header(file).metadata
-    except CheckpointError as error:
+        metadata, config = read_header(file).metadata, None
+        if os.path.lexists(file.parent / CONFIG):
+            config = json_object(folder_file(file.parent, CONFIG))
+    except (CheckpointError, OSError) as error:
         raise AdapterError(str(error)) from None
     try:
         with open_safetensors(file) as opened:
@@ -60,7 +62,7 @@ def open_source(path: str | os.PathLike) -> Source:
         raise AdapterError(f"{file}: changed while it was read: {error}") from None
     if not tensors:
         raise AdapterError(f"{file}: holds no tensors")
-    return Source(file, None if config is None else _config(config), metadata, tensors)
+    return Source(file, config, metadata, tensors)
 
 
 def _weights(folder: Path) -> str:
@@ -92,13 +94,3 @@ def _pickled() -> str:
         "a pickle, which runs code when it is read: load it where you trust it and "
         "save_pretrained() it as safetensors"
     )
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except (ValueError, OSError) as error:
-        raise AdapterError(str(error)) from None
-    if not isinstance(value, dict):
-        raise AdapterError(f"{path}: expected a JSON object")
-    return value

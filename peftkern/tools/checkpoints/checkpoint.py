@@ -120,7 +120,7 @@ def read_checkpoint(folder: str | os.PathLike, *, quantized: bool = False) -> Ch
     names = _weight_files(folder)
     if not os.path.lexists(folder / CONFIG):
         raise CheckpointError(f"{folder}: expected {CONFIG} beside the weights, got none")
-    config = _json_object(folder_file(folder, CONFIG))
+    config = json_object(folder_file(folder, CONFIG))
     if config.get("quantization_config") is not None and not quantized:
         method = config["quantization_config"]
         method = method.get("quant_method") if isinstance(method, dict) else method
@@ -166,13 +166,13 @@ def folder_file(folder: Path, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def unchanged(path: Path) -> Iterator[None]:
-    """Name a checked file in the error of a read. Raises: CheckpointError."""
+def unchanged(path: Path, errors: tuple[type[Exception], ...] = READ_ERRORS) -> Iterator[None]:
+    """Name a checked file in the error of a read, one of `errors`. Raises: CheckpointError."""
     try:
         yield
     except CheckpointError:
         raise
-    except READ_ERRORS as error:
+    except errors as error:
         raise CheckpointError(f"{path}: changed while it was read: {error}") from None
 
 
@@ -202,7 +202,7 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """Read the index: tensor name to file name, which must be a plain safetensors name."""
-    weight_map = _json_object(folder_file(folder, INDEX)).get("weight_map")
+    weight_map = json_object(folder_file(folder, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{folder / INDEX}: expected a weight_map with entries")
     for name in weight_map.values():
@@ -215,7 +215,8 @@ def _weight_map(folder: Path) -> dict[str, str]:
     return weight_map
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file. Raises: CheckpointError if it holds none; OSError."""
     try:
         value = read_json(path)
     except ValueError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -23,7 +23,7 @@ from peftkern.functional import dequantize
 from peftkern.functional.low_rank_svd import LoraFactors
 from peftkern.functional.panels import full_float32, parallel
 from peftkern.methods.low_rank_algebra import best_pair
-from peftkern.tools.checkpoints.checkpoint import CheckpointError, TensorInfo
+from peftkern.tools.checkpoints.checkpoint import TensorInfo, unchanged
 from peftkern.tools.checkpoints.four_bit import FourBit, state
 from peftkern.tools.checkpoints.streaming import (
     CutOff,
@@ -33,7 +33,6 @@ from peftkern.tools.checkpoints.streaming import (
     start_writeback,
     write_from,
 )
-from peftkern.tools.checkpoints.weights import Weight
 from peftkern.tools.merge.arithmetic import Buffers, Change
 from peftkern.tools.merge.plan import Experts, File, Options, Unit
 from peftkern.tools.merge.tensors import (
@@ -120,7 +119,7 @@ class _Writer:
                 yield partial(self.whole, unit)
 
     def copy(self, unit: Unit, info: TensorInfo, slot: Slot) -> _Done:
-        with _reading(unit.weight):
+        with unchanged(info.file, (CutOff,)):
             copy_range(self.sources[info.file], self.target, info.offset, slot.offset, info.nbytes)
         start_writeback(self.target, slot.offset, slot.nbytes)
         return _Done(unit.name, info.nbytes)
@@ -131,7 +130,7 @@ class _Writer:
         columns, slot, source = weight.shape[-1], unit.slots[0], self.sources[weight.info.file]
         begin = end = slot.offset + run[0].start * columns * slot.dtype.itemsize
         nbytes, changes = 0, []
-        with _reading(weight):
+        with unchanged(weight.info.file, (CutOff,)):
             for panel in run:
                 rows = buffers.take("rows", (panel.last - panel.first, columns), weight.dtype)
                 offset = weight.info.offset + panel.start * columns * weight.dtype.itemsize
@@ -209,12 +208,3 @@ def _has_values_of(unit: Unit, stored: FourBit) -> bool:
     written."""
     had = unit.trained or unit.weight.four_bit
     return had is not None and had[:2] == stored[:2]
-
-
-@contextmanager
-def _reading(weight: Weight) -> Iterator[None]:
-    """Name the file of a weight that is cut off; errors of the target are the disk's."""
-    try:
-        yield
-    except CutOff as error:
-        raise CheckpointError(f"{weight.info.file}: changed while it was read: {error}") from None

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from peftkern.formats.nf4 import state_dict_bytes
-from peftkern.formats.table import FORMATS, NUMBERS, stored_bytes
+from peftkern.formats.table import FORMATS, NUMBERS
 from peftkern.layers import mxfp4_stack, nf4_stack
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from peftkern.tools.checkpoints.four_bit import FourBit
@@ -214,12 +213,8 @@ def _units(checkpoint: Checkpoint, choice: Choice, options: Options) -> dict[str
 
 def _linear_bytes(name: str, shape: tuple[int, ...], options: Options) -> int:
     """Return the size of what a linear layer's weight [N, K] becomes."""
-    row = FORMATS[NUMBERS[options.format]]
-    if row.crosses_rows:
-        how = {"blocksize": options.blocksize, "double_quant": options.double_quant}
-        return state_dict_bytes(math.prod(shape), **how)
     try:
-        return stored_bytes((NUMBERS[row.name], options.blocksize, 0, *shape))
+        return sum(slot.nbytes for slot in options.four_bit.slots(name, shape))
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}; quantize --skip leaves it as it is") from None
 
@@ -239,5 +234,6 @@ def _stack_unit(checkpoint: Checkpoint, name: str, stack: Stack, options: Option
             f"{name}: expected tensors of one dtype that make up {list(stack.shape)}, got "
             f"{len(infos)} of {list(infos[0].shape)}"
         )
-    nbytes = stored_bytes((NUMBERS[options.format], options.blocksize, 0, numel))
+    slots = options.four_bit.stack_slots(name, stack.shape, turned=stack.turned)
+    nbytes = sum(slot.nbytes for slot in slots)
     return Unit(name, infos, nbytes, stack.transposed, stack.shape, stack.turned)
