@@ -34,7 +34,7 @@ from peftkern.tools.adapters.extract_experts import (
     stored_roundings,
 )
 from peftkern.tools.adapters.noise import ROUNDED, dense_rounding, noise_edge
-from peftkern.tools.checkpoints.architecture import Load, find_loads, meta_model
+from peftkern.tools.checkpoints.architecture import Load, by_target, find_loads, meta_model
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, TensorInfo, read_checkpoint
 from peftkern.tools.checkpoints.decoded import decoded
 
@@ -241,7 +241,7 @@ def _layout(base: Checkpoint, tuned: Checkpoint) -> tuple[list[_Place], list[tup
     """
     model = meta_model(base)
     modules, parameters = dict(model.named_modules()), model.state_dict()
-    found = _by_target(model, base), _by_target(model, tuned)
+    found = [by_target(find_loads(model, one)) for one in (base, tuned)]
     for target in sorted(found[0].keys() ^ found[1].keys()):
         missing = int(target in found[0])
         name, without = found[1 - missing][target][0].info.name, (base, tuned)[missing]
@@ -272,13 +272,6 @@ def _layout(base: Checkpoint, tuned: Checkpoint) -> tuple[list[_Place], list[tup
                 kind = "rearranged"
             places.append(_Place(load.info, other.info, module, parameter, kind, tied))
     return places, stacks
-
-
-def _by_target(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, list[Load]]:
-    found: dict[str, list[Load]] = {}
-    for load in find_loads(model, checkpoint):
-        found.setdefault(load.target, []).append(load)
-    return found
 
 
 def _pairs(

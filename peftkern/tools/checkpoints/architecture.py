@@ -5,7 +5,7 @@ and what the loader does with each tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +95,14 @@ def find_loads(model: PreTrainedModel, checkpoint: Checkpoint) -> Iterator[Load]
             target, pattern = rename_source_key(name, [], [], prefix, parameters)
         used = (c for c in converters if pattern in c.source_patterns)
         yield Load(info, target, None if pattern is None else next(used), pattern)
+
+
+def by_target(loads: Iterable[Load]) -> dict[str, list[Load]]:
+    """Return the loads of each parameter."""
+    found: dict[str, list[Load]] = {}
+    for load in loads:
+        found.setdefault(load.target, []).append(load)
+    return found
 
 
 def load_targets(load: Load) -> list[str]:

@@ -22,6 +22,7 @@ from peftkern.methods.initialization.factors import check_rank
 from peftkern.tools.adapters.extract_experts import Stack, find_stack
 from peftkern.tools.checkpoints.architecture import (
     Load,
+    by_target,
     check_shape,
     find_loads,
     is_turned,
@@ -234,10 +235,7 @@ def _linear_layers(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, T
 
 def _experts(model: PreTrainedModel, loads: Sequence[Load]) -> dict[str, Target]:
     """Find the weights of fused experts: of each expert, or of all where one tensor has them."""
-    parts: dict[str, list[Load]] = {}
-    for load in loads:
-        parts.setdefault(load.target, []).append(load)
-    found = {}
+    parts, found = by_target(loads), {}
     for module, experts in model.named_modules():
         for parameter in expert_parameters(experts):
             loaded = parts.get(f"{module}.{parameter}")

@@ -77,7 +77,7 @@ def write_file(path: Path, file: File, options: Options, progress: Progress) -> 
         os.ftruncate(target, file.nbytes)
         os.pwrite(target, file.header, 0)
         paths = {info.file for unit in file.units for info in unit.infos}
-        sources = {path: _open(stack, path) for path in paths}
+        sources = {path: stack.enter_context(open(path, "rb")).fileno() for path in paths}
         writer = _Writer(target, sources, options)
         with full_float32(), parallel(torch.device("cpu")) as run:
             for done in run(lambda job: job(), writer.jobs(file)):  # in order, and so their sums
@@ -89,12 +89,6 @@ def write_file(path: Path, file: File, options: Options, progress: Progress) -> 
                 progress(done.nbytes, done.name)
         os.fsync(target)
     return written
-
-
-def _open(stack: ExitStack, path: Path) -> int:
-    file = os.open(path, os.O_RDONLY)
-    stack.callback(os.close, file)
-    return file
 
 
 class _Writer:

@@ -31,6 +31,7 @@ from peftkern.layers.quantize import expert_parameters
 from peftkern.tools.adapters.extract_experts import find_stack
 from peftkern.tools.checkpoints.architecture import (
     Load,
+    by_target,
     check_shape,
     find_loads,
     is_turned,
@@ -157,10 +158,7 @@ def _expert_weights(
 
     Raises: CheckpointError for tensors that are not those of the model's experts.
     """
-    parts: dict[str, list[Load]] = {}
-    for load in loads:
-        parts.setdefault(load.target, []).append(load)
-    stacks, dense = {}, []
+    parts, stacks, dense = by_target(loads), {}, []
     for module_name, module, name in _stacks(model):
         target = f"{module_name}.{name}"
         if not all(should_convert_module(one, skip) for one in (module_name, target)):

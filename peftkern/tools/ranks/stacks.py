@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from peftkern.tools.adapters.extract_experts import Stack, find_stack
-from peftkern.tools.checkpoints.architecture import Load, find_loads
+from peftkern.tools.checkpoints.architecture import by_target, find_loads
 from peftkern.tools.checkpoints.checkpoint import Checkpoint, CheckpointError
 from peftkern.tools.initialize.request import (
     DTYPES,
@@ -45,12 +45,9 @@ def find_stacks(
     """
     if not names:
         return {}
-    loads: dict[str, list[Load]] = {name: [] for name in _stacks(model, names)}
-    for load in find_loads(model, checkpoint):
-        if load.target in loads:
-            loads[load.target].append(load)
-    stacks = {}
-    for name, parts in loads.items():
+    loads, stacks = by_target(find_loads(model, checkpoint)), {}
+    for name in _stacks(model, names):
+        parts = loads.get(name, [])
         stack = find_stack(model, name, parts) if parts else None
         dtypes = {load.info.dtype for load in parts}
         if stack is None or not dtypes <= {*DTYPES}:
