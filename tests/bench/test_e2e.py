@@ -45,24 +45,12 @@ class Here:
         del self.worker
 
 
-class Wrong(Here):
-    """Ours has gradients of the other sign."""
-
-    def ask(self, deadline: float, doing: str, do: str, **more: object) -> dict:
-        answer = super().ask(deadline, doing, do, **more)
-        if do == "start" and self.worker.name == OURS:
-            for name, parameter in self.worker.model.named_parameters():
-                if ".lora_B" in name:
-                    parameter.register_hook(torch.neg)
-        return answer
-
-
 @pytest.fixture
 def run(monkeypatch):
     """Run a case at the sizes of the options; return its record."""
 
-    def run(case: specs.Steps, options: specs.Options = TOY, sides: type = Here) -> dict:
-        monkeypatch.setattr(training_run, "Process", sides)
+    def run(case: specs.Steps, options: specs.Options = TOY) -> dict:
+        monkeypatch.setattr(training_run, "Process", Here)
         record = new_record({}, ROOF)
         case = replace(case, shape=(options.n, options.k))
         assert suite.InProcess(record, options, 0.0).run_case(case, math.inf, lambda *_: None)
@@ -97,14 +85,6 @@ def test_every_step_is_right_and_measured(case, run):
         assert row["tokens_s"] == pytest.approx(24e3 / row["median_ms"])
         assert row["peak_bytes"] > 0 and row["planned_bytes"] > 0
         assert row["graph_ms"] is None and row["launches"] is None
-
-
-@pytest.mark.parametrize("case", first_of(bench_e2e.CASES), ids=lambda case: case.name)
-def test_a_wrong_gradient_has_no_time(case, run, monkeypatch):
-    monkeypatch.setattr(training_run, "planned_bytes", lambda step, patched: None)
-    rows = run(case, sides=Wrong)["providers"]
-    assert rows[OURS]["wrong"] and rows[OURS]["median_ms"] is None
-    assert rows["PEFT"]["wrong"] is None
 
 
 def test_whole_models_come_in_every_length_the_most_wanted_first():

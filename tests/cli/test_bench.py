@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import bench_records as of
+import psutil
 import pytest
 import torch
 from command_line import refused
@@ -235,30 +236,21 @@ def test_workers_die_with_a_killed_parent(tmp_path):
     )
     try:
         # The one that forks the others, and the referee.
-        wait_until(lambda: len(below(parent.pid)) >= 2)
+        below = psutil.Process(parent.pid).children
+        wait_until(lambda: len(below(recursive=True)) >= 2)
         time.sleep(1)  # into their work
-        workers = below(parent.pid)
+        workers = below(recursive=True)
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
     wait_until(lambda: not any(map(is_running, workers)))
 
 
-def below(process: int | str) -> list[str]:
-    """The children of a process, and theirs; none where it ended in the meantime."""
-    try:
-        children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    except (FileNotFoundError, ProcessLookupError):
-        return []
-    return [*children, *(other for one in children for other in below(one))]
-
-
-def is_running(process: str) -> bool:
+def is_running(process: psutil.Process) -> bool:
     """A zombie is not: whoever adopted it has only not asked yet."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
 
 
 @pytest.mark.parametrize(
@@ -277,6 +269,8 @@ def is_running(process: str) -> bool:
         (["--compare", "", "--fail-if", ""], "--compare: .: expected a file of JSON, got a folder"),
         (["--from", "no/such.json"], "--from: no/such.json: No such file or directory"),
         (["--from", "waiting.py"], "--from: waiting.py: expected JSON in UTF-8"),
+        (["--from", "waiting.py", "--op", "x"], "--from: measures nothing, so that --op"),
+        (["--from", "waiting.py", "--json", "x.json"], "so that --json has no effect"),
         (["--shapes", "12x12"], "--shapes: '12x12' is not one of llama2-7b"),
         (["--shapes", "0x8x8"], "MxNxK (256x4096x4096), each from 1 to"),
         (["--shapes", "8x16777216x16777216"], "this machine has"),
@@ -296,7 +290,9 @@ def is_running(process: str) -> bool:
         (["--seed", "-1"], "--seed: expected 0 to"),
         (["--device", "tpu"], "--device: 'tpu' is not one of cpu, cuda"),
         (["--json", "no/such/folder/x.json"], "there is no folder no/such/folder"),
+        (["--html", "no/such/folder/x.html"], "--html: no/such/folder/x.html: there is no folder"),
         (["--csv", "."], "--csv: . is a folder"),
+        (["--html", "."], "--html: . is a folder"),
         (["--csv", "/dev/null"], "--csv: /dev/null is a link or a device"),
         (["--json", "/dev/stdout"], "--json: /dev/stdout is a link or a device"),
         (["--compare", "no/such.json"], "--compare: no/such.json: No such file or directory"),

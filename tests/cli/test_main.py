@@ -185,13 +185,6 @@ def test_tables_fit_the_terminal_and_names_stand_whole(columns, tmp_path, monkey
     assert ("[0.952-1.05]" in "".join(lines)) == (columns > 40)
 
 
-def test_a_file_where_none_can_be_written_is_one_line(tmp_path, capfd):
-    write_run(tmp_path / "run.jsonl", start())
-    for option in ("--html", "--svg"):
-        complaint = f"{option}: {tmp_path / 'no' / 'x'}: there is no folder"
-        refused(capfd, complaint, "monitor", tmp_path / "run.jsonl", option, tmp_path / "no" / "x")
-
-
 WITHOUT = """
 import sys
 from peftkern.cli import main

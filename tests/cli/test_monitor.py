@@ -127,6 +127,7 @@ def test_bad_input_is_one_line(tmp_path, capfd):
     refused(capfd, "no: No such file or directory", "monitor", tmp_path / "no")
     refused(capfd, "expected a file", "monitor", tmp_path)
     refused(capfd, "bad: expected the JSON lines", "monitor", good, bad)
-    refused(capfd, "--html: ", "monitor", good, "--html", tmp_path / "no" / "out.html")
-    refused(capfd, "--svg: ", "monitor", good, "--svg", tmp_path)
+    for option in ("--html", "--svg"):
+        complaint = f"{option}: {tmp_path / 'no' / 'x'}: there is no folder"
+        refused(capfd, complaint, "monitor", good, option, tmp_path / "no" / "x")
     refused(capfd, "--follow: accepted without", "monitor", good, "--follow", "--json")

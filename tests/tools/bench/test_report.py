@@ -20,7 +20,6 @@ from bench_records import case, provider, record
 from command_line import refused
 from hypothesis import given
 from hypothesis import strategies as st
-from paths import TESTS
 from processes import run_code
 
 from peftkern.cli import main
@@ -394,22 +393,6 @@ def test_a_broken_record_is_one_clear_line(path, value, complaint, tmp_path, cap
     out = tmp_path / "out.html"
     refused(capfd, complaint, "bench", "--from", tmp_path / "old.json", "--html", out)
     assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--from", "no/such.json"], "no/such.json"),
-        (["--from", "conftest.py"], "conftest.py: expected JSON in UTF-8"),
-        (["--from", "conftest.py", "--op", "x"], "--from: measures nothing, so that --op"),
-        (["--from", "conftest.py", "--json", "x.json"], "so that --json has no effect"),
-        (["--html", "no/such/folder/x.html"], "--html: no/such/folder/x.html: there is no folder"),
-        (["--html", "."], "--html: . is a folder"),
-    ],
-)
-def test_bad_options_are_one_line(arguments, complaint, capfd, monkeypatch):
-    monkeypatch.chdir(TESTS)
-    refused(capfd, complaint, "bench", *arguments)
 
 
 def test_an_earlier_record_can_be_compared_and_exported(tmp_path, capfd):
