@@ -56,14 +56,6 @@ def method(name: str) -> Callable[[type[Method]], type[Method]]:
     return enter
 
 
-def swap(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put make(linear) in the place of every linear layer of the blocks."""
-    for parent in list(model.model.layers.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, make(child))
-
-
 class Method:
     """LoRA; methods override the differences. Each run gets a new object."""
 
@@ -83,9 +75,16 @@ class Method:
         """Rank and scaling, the same for all."""
         return {"r": self.options.rank, "lora_alpha": 2 * self.options.rank}
 
+    def make(self, linear: nn.Linear) -> nn.Module:
+        """Return what stands in the place of a linear layer."""
+        return LoRALinear.from_linear(linear, **self.update)
+
     def adapt(self, model: nn.Module) -> None:
         """Change the model, whose parameters are all frozen."""
-        swap(model, lambda linear: LoRALinear.from_linear(linear, **self.update))
+        for parent in list(model.model.layers.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear:
+                    setattr(parent, name, self.make(child))
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -113,8 +112,8 @@ class LoRA(Method):
 
 @method("QLoRA")
 class QLoRA(Method):
-    def adapt(self, model: nn.Module) -> None:
-        swap(model, lambda linear: NF4LoRALinear.from_linear(linear, **self.update))
+    def make(self, linear: nn.Linear) -> nn.Module:
+        return NF4LoRALinear.from_linear(linear, **self.update)
 
 
 @method("LoRA-FA")
@@ -146,8 +145,11 @@ class LoRAProFull(Method):
 class DeltaLoRA(Method):
     module = "delta_lora"
 
+    def make(self, linear: nn.Module) -> nn.Module:
+        return methods.DeltaLoRALinear(linear, **self.update)
+
     def adapt(self, model: nn.Module) -> None:
-        swap(model, lambda linear: methods.DeltaLoRALinear(linear, **self.update))
+        super().adapt(model)
         self.schedule = methods.DeltaLoRAScheduler(model, self.options.steps // 4)
 
     def after_step(self, step: int) -> None:
@@ -156,13 +158,8 @@ class DeltaLoRA(Method):
 
 @method("Delta-LoRA (NF4)")
 class DeltaLoRANF4(DeltaLoRA):
-    def adapt(self, model: nn.Module) -> None:
-        swap(model, NF4Linear.from_linear)
-        for parent in list(model.model.layers.modules()):
-            for name, child in list(parent.named_children()):
-                if type(child) is NF4Linear:
-                    setattr(parent, name, methods.DeltaLoRALinear(child, **self.update))
-        self.schedule = methods.DeltaLoRAScheduler(model, self.options.steps // 4)
+    def make(self, linear: nn.Linear) -> nn.Module:
+        return super().make(NF4Linear.from_linear(linear))
 
 
 @method("Delta-LoRA (in place)")
@@ -181,19 +178,14 @@ class DeltaLoRAInPlace(Method):
 class DoRA(Method):
     module = "dora"
 
-    def adapt(self, model: nn.Module) -> None:
-        swap(model, lambda linear: methods.DoRALinear(linear, **self.update))
+    def make(self, linear: nn.Module) -> nn.Module:
+        return methods.DoRALinear(linear, **self.update)
 
 
 @method("DoRA (NF4)")
-class QDoRA(Method):
-    module = "dora"
-
-    def adapt(self, model: nn.Module) -> None:
-        def make(linear: nn.Linear) -> nn.Module:
-            return methods.DoRALinear(NF4Linear.from_linear(linear), **self.update)
-
-        swap(model, make)
+class QDoRA(DoRA):
+    def make(self, linear: nn.Linear) -> nn.Module:
+        return super().make(NF4Linear.from_linear(linear))
 
 
 @method("DyLoRA")
@@ -202,8 +194,11 @@ class DyLoRA(Method):
 
     module = "dylora"
 
+    def make(self, linear: nn.Linear) -> nn.Module:
+        return methods.DyLoRALinear(linear, **self.update)
+
     def adapt(self, model: nn.Module) -> None:
-        swap(model, lambda linear: methods.DyLoRALinear(linear, **self.update))
+        super().adapt(model)
         self.model, self.generator = model, torch.Generator().manual_seed(self.options.seed)
 
     def before_step(self, step: int) -> None:
@@ -218,8 +213,8 @@ class QuantumPEFT(Method):
     module = "quantum_peft"
     lr = 2e-2  # of angles, in radians
 
-    def adapt(self, model: nn.Module) -> None:
-        swap(model, lambda linear: methods.QuantumPEFTLinear(linear, **self.update))
+    def make(self, linear: nn.Linear) -> nn.Module:
+        return methods.QuantumPEFTLinear(linear, **self.update)
 
 
 @method("RoSA")
@@ -228,14 +223,14 @@ class RoSA(Method):
 
     module = "rosa"
 
-    def adapt(self, model: nn.Module) -> None:
+    def make(self, linear: nn.Module) -> nn.Module:
         rank = max(1, self.options.rank // 2)
-        swap(model, lambda linear: self.make(linear, rank))
-        self.schedule = methods.RoSAScheduler(model, max(1, self.options.steps // 4))
-
-    def make(self, linear: nn.Linear, rank: int) -> nn.Module:
         values = rank * (linear.in_features + linear.out_features)
         return methods.RoSALinear(linear, r=rank, lora_alpha=2 * rank, nnz=values)
+
+    def adapt(self, model: nn.Module) -> None:
+        super().adapt(model)
+        self.schedule = methods.RoSAScheduler(model, max(1, self.options.steps // 4))
 
     def after_step(self, step: int) -> None:
         self.schedule.step()
@@ -243,8 +238,8 @@ class RoSA(Method):
 
 @method("RoSA (NF4)")
 class RoSANF4(RoSA):
-    def make(self, linear: nn.Linear, rank: int) -> nn.Module:
-        return super().make(NF4Linear.from_linear(linear), rank)
+    def make(self, linear: nn.Linear) -> nn.Module:
+        return super().make(NF4Linear.from_linear(linear))
 
 
 @method("LongLoRA")
