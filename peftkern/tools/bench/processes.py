@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import selectors
@@ -148,15 +149,10 @@ class Process:
         Raises: WorkerError if that is an error; WorkerGoneError if the process ended, or was
             stopped because the deadline (of time.monotonic) passed before it answered.
         """
-        began = time.monotonic()
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.popen.stdout, selectors.EVENT_READ)
-            while b"\n" not in self.received:
-                left = deadline - time.monotonic()
-                if left <= 0 or not selector.select(left):
-                    raise self.too_slow(began, doing)
-                self.read()
-        return self.answer()
+        answers, errors = receive_all({self.name: self}, math.inf, deadline, doing)
+        if errors:
+            raise errors[self.name]
+        return answers[self.name]
 
     def read(self) -> None:
         """Read the available bytes. Raises: WorkerGoneError at the end."""
