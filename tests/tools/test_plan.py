@@ -13,12 +13,14 @@ import torch
 from peft import AdaLoraConfig, LoraConfig, get_peft_model
 from plan_configs import LLAMA_CONFIG
 from plan_steps import DTYPES, check, counted, measured, nbytes, tables
+from tiny_models import tiny_config
 from tolerances import PLAN_RTOL
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    DeepseekV3Config,
     LlamaConfig,
     MistralConfig,
     OlmoeConfig,
@@ -109,6 +111,7 @@ def test_step_agrees_with_the_allocator(folders, method, dtype, checkpointing, p
     check(make_model(folders, LLAMA, training), LLAMA, training)
 
 
+SHARED, ZERO3 = ({"devices": 2, "shard": name} for name in ("fsdp2", "zero3"))
 CPU = Training("lora", r=4, batch=2, sequence=160, patched=False, checkpointing=False, device="cpu")
 
 
@@ -252,8 +255,6 @@ def test_layers_that_were_not_run_are_counted_as_if_they_were(kind, checkpointin
 
     Of the work that is the sums: ops over lists, a fused optimizer's, grow with the layers.
     """
-    from tiny_models import tiny_config
-
     config = tiny_config(kind)
     config.num_hidden_layers = 7
     if kind != "llama":
@@ -318,6 +319,7 @@ def test_preset_has_the_published_number_of_parameters(name):
     [
         ("llama2-7b", LlamaConfig()),
         ("mistral-7b", MistralConfig()),
+        ("deepseek-v3", DeepseekV3Config()),
         ("olmoe-1b-7b", OlmoeConfig(intermediate_size=1024)),
     ],
 )
@@ -398,6 +400,30 @@ def test_wrong_config_is_refused_in_words(tmp_path, changes, complaint):
             "base: expected one of nf4, fp4, .*, int4, or",
         ),
         ({"optimizer": "lion"}, "optimizer: expected"),
+        ({"base": "int4", "blocksize": 16}, "blocksize: expected one of 32, .* in int4, got 16"),
+        ({"base": "mxfp4", "blocksize": 64}, "blocksize: expected 32 in mxfp4, got 64"),
+        ({"blocksize": 64}, "blocksize: expected none in a dense"),
+        ({"target_r": 2}, "target_r: expected none, as only adalora"),
+        (
+            {"method": "adalora", "r": 8, "target_r": 9},
+            "target_r: expected an integer from 1 to 8, .* got 9",
+        ),
+        ({"method": "adalora", "target_r": 0}, "target_r: expected an integer from 1"),
+        ({**SHARED, "devices": 0}, "devices: expected an integer from 1 to"),
+        (
+            {"devices": 2},
+            "devices: expected 1 unless the model is shared by ddp, fsdp2 or zero3, got 2",
+        ),
+        ({"shard": "fsdp2"}, "devices: fsdp2 needs at least 2, got 1"),
+        ({**SHARED, "shard": "fsdp"}, "shard: expected one of ddp, fsdp2, zero3, got 'fsdp'"),
+        (
+            {**SHARED, "shard": "ddp", "param_dtype": "bf16"},
+            "param_dtype: an option of shard fsdp2, .*ddp",
+        ),
+        ({**ZERO3, "reshard": False}, "reshard: an option of shard fsdp2, got .*zero3"),
+        ({**SHARED, "param_dtype": "fp16"}, "param_dtype: expected one of bf16, fp32, got 'fp16'"),
+        ({**SHARED, "method": "adalora"}, "shard: adalora is planned on ddp alone, got fsdp2"),
+        ({**SHARED, "base": "int4"}, "base: int4 is planned on one device or"),
     ],
 )
 def test_wrong_training_is_refused_in_words(changes, complaint):
@@ -405,19 +431,35 @@ def test_wrong_training_is_refused_in_words(changes, complaint):
         Training(**changes)
 
 
+LORA = {"peft_type": "LORA"}
+
+
 @pytest.mark.parametrize(
-    ("changes", "complaint"),
+    ("kind", "changes", "complaint"),
     [
-        ({"targets": ("q_proj", "wq")}, "--targets: 'wq' is no linear layer; accepted: all-linear"),
-        ({"targets": ()}, "--targets: '' is no linear layer; accepted"),
-        ({"adapter": {"peft_type": "LORAX"}}, "adapter: PEFT has no such config"),
-        ({"adapter": {"peft_type": "LORA", "rank": 3}}, "adapter: PEFT has no such config"),
-        ({"adapter": {"peft_type": "LORA", "target_modules": ["wq"]}}, "adapter: .*wq"),
+        (
+            "llama",
+            {"targets": ("q_proj", "wq")},
+            "--targets: 'wq' is no linear layer; accepted: all-linear",
+        ),
+        ("llama", {"targets": ()}, "--targets: '' is no linear layer; accepted"),
+        ("llama", {"targets": ("gate_up_proj",)}, "'gate_up_proj' is no linear layer"),
+        ("llama", {"adapter": {"peft_type": "LORAX"}}, "adapter: PEFT has no such config"),
+        ("llama", {"adapter": {**LORA, "rank": 3}}, "adapter: PEFT has no such config"),
+        ("llama", {"adapter": {**LORA, "target_modules": ["wq"]}}, "adapter: .*wq"),
+        ("llama", {"base": "int4"}, "base: int4 does not fit a layer: shape: .* multiple of 128"),
+        ("mixtral", {"targets": ("gate_proj",)}, "--targets: 'gate_proj' .*: .*gate_up_proj"),
+        ("mixtral", {"method": "dora"}, "targets: experts' down_proj, gate_up_proj .* not of dora"),
+        ("mixtral", {"method": "adalora"}, "targets: .* not of adalora; name linear layers"),
+        ("mixtral", {"base": "mxfp4"}, "base: experts are kept in nf4, .* got mxfp4 for mixtral"),
+        ("mixtral", {**SHARED, "base": "nf4"}, "base: experts in nf4 are whole .* got fsdp2"),
+        ("mixtral", {**ZERO3, "base": "nf4"}, "base: experts in nf4 are whole .* got zero3"),
+        ("gpt_oss", {"base": "fp4"}, "base: experts are kept in nf4, .* got fp4 for gpt_oss"),
     ],
 )
-def test_adapters_that_a_model_cannot_have_are_refused_in_words(changes, complaint):
+def test_training_that_a_model_cannot_have_is_refused_in_words(kind, changes, complaint):
     with pytest.raises(ValueError, match=complaint):
-        planning.plan(LLAMA, replace(CPU, **changes))
+        planning.plan(tiny_config(kind), replace(CPU, **changes))
 
 
 @pytest.mark.parametrize("missing", ["transformers", "peft", "bitsandbytes"])

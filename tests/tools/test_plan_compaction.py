@@ -116,16 +116,3 @@ def test_a_config_of_peft_s_has_a_budget_too():
     adapter["target_modules"] = ["q_proj"]
     plan = Planner(CONFIG, replace(TRAINING, method="lora", adapter=adapter)).compacted()[1]
     assert plan.trainable == 4 * TARGET * (1 + 64 + 64)
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"method": "lora"}, "target_r: expected none, as only adalora"),
-        ({"target_r": R + 1}, "target_r: expected an integer from 1 to 8, .* got 9"),
-        ({"target_r": 0}, "target_r: expected an integer from 1"),
-    ],
-)
-def test_budgets_that_are_none(change, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        replace(TRAINING, **change)

@@ -179,34 +179,3 @@ def test_a_ring_sends_a_share_of_what_there_is():
     assert sharding.sent("all-gather", 1000, 4) == sharding.sent("reduce-scatter", 1000, 4) == 750
     assert sharding.sent("all-reduce", 1000, 4) == 1500
     assert sharding.sent("broadcast", 1000, 4) == 1000
-
-
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"devices": 0}, "devices: expected an integer from 1 to"),
-        (
-            {"shard": None},
-            "devices: expected 1 unless the model is shared by ddp, fsdp2 or zero3, got 2",
-        ),
-        ({"devices": 1}, "devices: fsdp2 needs at least 2, got 1"),
-        ({"shard": "fsdp"}, "shard: expected one of ddp, fsdp2, zero3, got 'fsdp'"),
-        (
-            {"shard": "ddp", "param_dtype": "bf16"},
-            "param_dtype: an option of shard fsdp2, .*ddp",
-        ),
-        ({"shard": "zero3", "reshard": False}, "reshard: an option of shard fsdp2, got .*zero3"),
-        ({"param_dtype": "fp16"}, "param_dtype: expected one of bf16, fp32, got 'fp16'"),
-        ({"method": "adalora"}, "shard: adalora is planned on ddp alone, got fsdp2"),
-    ],
-)
-def test_devices_that_cannot_be_are_refused_in_words(changes, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        replace(LORA, **changes)
-
-
-@pytest.mark.parametrize("shard", ["fsdp2", "zero3"])
-def test_experts_that_shards_would_make_dense_are_refused_in_words(shard):
-    training = replace(LORA, method="qlora", base="nf4", dtype="bf16", shard=shard)
-    with pytest.raises(ValueError, match=f"base: experts in nf4 are whole .* got {shard}"):
-        planning.plan(tiny_config("mixtral"), training)

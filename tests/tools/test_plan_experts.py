@@ -76,21 +76,6 @@ def test_weights_are_counted_to_the_byte(kind, base):
     assert {name: fixed[name] for name in found} == found
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"targets": ("gate_proj",)}, "--targets: 'gate_proj' .* accepted: .*gate_up_proj"),
-        ({"method": "dora"}, "targets: experts' down_proj, gate_up_proj have .* not of dora"),
-        ({"method": "adalora"}, "targets: experts' .* not of adalora; name linear layers"),
-    ],
-)
-def test_trainings_that_are_refused(change, words):
-    with pytest.raises(ValueError, match=words):
-        planning.plan(tiny_config("mixtral"), replace(CPU, **change))
-    with pytest.raises(ValueError, match="'gate_up_proj' is no linear layer"):
-        planning.plan(tiny_config("llama"), replace(CPU, targets=("q_proj", "gate_up_proj")))
-
-
 def test_all_parts_of_a_large_mixture():
     """Qwen3-30B-A3B, r=16 on everything: the factors of all experts, and their optimizer's states,
     outweigh the experts in NF4."""

@@ -106,39 +106,3 @@ def test_gpt_oss_has_the_size_of_its_checkpoint(name, size):
     beside = ("adapters", "optimizer states")
     weights = sum(held for part, held in fixed.items() if part not in beside)
     assert weights / 2**30 == pytest.approx(size, abs=0.05)
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "complaint"),
-    [
-        ("llama", {"base": "int4"}, "base: int4 does not fit a layer: shape: .* multiple of 128"),
-        ("mixtral", {"base": "mxfp4"}, "base: experts are kept in nf4, .* got mxfp4 for mixtral"),
-        ("gpt_oss", {"base": "fp4"}, "base: experts are kept in nf4, .* got fp4 for gpt_oss"),
-    ],
-)
-def test_models_that_a_format_does_not_fit_are_refused_in_words(kind, changes, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        planning.plan(tiny_config(kind), replace(CPU, **changes))
-
-
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"base": "int4", "blocksize": 16}, "blocksize: expected one of 32, .* in int4, got 16"),
-        (
-            {"base": "mxfp4", "blocksize": 64},
-            "blocksize: expected 32 in mxfp4, got 64",
-        ),
-        (
-            {"method": "lora", "base": "bf16", "blocksize": 64},
-            "blocksize: expected none in a dense",
-        ),
-        (
-            {"base": "int4", "shard": "fsdp2", "devices": 2},
-            "base: int4 is planned on one device or",
-        ),
-    ],
-)
-def test_formats_that_cannot_be_are_refused_in_words(changes, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        replace(CPU, **changes)
