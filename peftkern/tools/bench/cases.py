@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import functools
 import os
 import random
@@ -221,9 +220,6 @@ class Problem:
     def facts(self) -> dict:
         """Return the fields of a record; the shape or the name tells the others."""
         return {key: getattr(self, key) for key in FACTS}
-
-    def as_dict(self) -> dict:
-        return dataclasses.asdict(self)
 
 
 @functools.cache

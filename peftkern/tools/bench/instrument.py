@@ -14,6 +14,7 @@ of the case's slot is stopped, and what it had taken is a lower bound of its tim
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 import random
@@ -174,7 +175,7 @@ class Bench(Runner[Problem]):
         ops = [case.op] if self.device == "cpu" else {problem.op for problem in self.problems}
         self._start([REFEREE], [])
         given = {
-            "problem": case.as_dict(),
+            "problem": dataclasses.asdict(case),
             "file": str(Path(self.folder.name) / "case.safetensors"),
         }
         began, referee = time.monotonic(), self.processes.get(REFEREE)

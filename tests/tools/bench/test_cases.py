@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+import bench_records as of
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +14,7 @@ from peft.utils.integrations import dequantize_module_weight
 from tolerances import FLOOR_MAX, FLOOR_RMS
 from torch import nn
 
+from peftkern.tools import models
 from peftkern.tools.bench import adalora, base_layers, cases, compare, data, providers, shapes
 from peftkern.tools.bench.record import FORMAT, OURS
 from peftkern.tools.bench.record import read as read_record
@@ -20,6 +22,7 @@ from peftkern.tools.bench.rows import floor_seconds, product_rate
 from peftkern.tools.bench.runner import Checked
 from peftkern.tools.bench.shapes import LARGEST, PRESETS, Shape, parse_shapes
 from peftkern.tools.bench.worker import calls
+from peftkern.tools.plan import presets
 
 SIZES = st.integers(1, LARGEST)
 NAMES = st.sampled_from([*PRESETS, *(f"{p}-{layer}" for p in PRESETS for layer in PRESETS[p])])
@@ -78,55 +81,30 @@ def test_what_is_no_time(text):
         shapes.seconds("--budget", text)
 
 
-def test_presets_agree_with_transformers():
-    """The shapes that a Llama of that configuration really has."""
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-    configs = {
-        "llama3-8b": (LlamaConfig, 4096, 14336, 32, 8),
-        "llama2-7b": (LlamaConfig, 4096, 11008, 32, 32),
-        "llama-65b": (LlamaConfig, 8192, 22016, 64, 64),
-        "qwen2.5-7b": (Qwen2Config, 3584, 18944, 28, 4),
-    }
-    for preset, (config, hidden, intermediate, heads, key_values) in configs.items():
-        sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "vocab_size": 8}
-        sizes |= {"num_attention_heads": heads, "num_key_value_heads": key_values}
-        made = config(num_hidden_layers=1, **sizes)
-        model = LlamaForCausalLM if config is LlamaConfig else Qwen2ForCausalLM
-        with torch.device("meta"):
-            block = model(made).model.layers[0]
-        sizes = {
-            name.rpartition(".")[2]: tuple(part.weight.shape)
-            for name, part in block.named_modules()
-            if isinstance(part, nn.Linear)
-        }
-        assert sizes == PRESETS[preset]
+def block_of(preset: str) -> nn.Module:
+    """A layer of the model of that name, without memory."""
+    one = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
+    config = models.from_config({**presets.PRESETS[preset], **one})
+    return models.empty_model(config, torch.bfloat16).model.layers[0]
 
 
-def test_presets_of_experts_agree_with_transformers():
-    from transformers import (
-        AutoModel,
-        DeepseekV3Config,
-        GptOssConfig,
-        MixtralConfig,
-        Qwen3MoeConfig,
-    )
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_the_layers_that_transformers_builds(preset):
+    """Of the sizes that tests/tools/test_plan.py holds to published numbers of parameters."""
+    found = {name.rpartition(".")[2]: part for name, part in block_of(preset).named_modules()}
+    sizes = {name: tuple(found[name].weight.shape) for name in PRESETS[preset]}
+    assert sizes == PRESETS[preset]
 
-    qwen = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128}
-    oss = {"hidden_size": 2880, "intermediate_size": 2880, "num_local_experts": 32}
-    configs = {
-        "qwen3-30b-a3b": Qwen3MoeConfig(**qwen, num_hidden_layers=1),
-        "mixtral-8x7b": MixtralConfig(num_hidden_layers=1),
-        "gpt-oss-20b": GptOssConfig(**oss, num_hidden_layers=1),
-        "deepseek-v3": DeepseekV3Config(num_hidden_layers=1, first_k_dense_replace=0),
-    }
-    assert configs.keys() == shapes.EXPERT_PRESETS.keys()
-    for preset, config in configs.items():
-        with torch.device("meta"):
-            experts = AutoModel.from_config(config).layers[0].mlp.experts
-        for name, (e, n, k) in shapes.EXPERT_PRESETS[preset].items():
-            stored = (e, k, n) if experts.is_transposed else (e, n, k)
-            assert experts.get_parameter(name).shape == stored
+
+@pytest.mark.parametrize("preset", shapes.EXPERT_PRESETS)
+def test_presets_of_experts_are_those_that_transformers_builds(preset):
+    experts = block_of(preset).mlp.experts
+    for name, (e, n, k) in shapes.EXPERT_PRESETS[preset].items():
+        stored = (e, k, n) if experts.is_transposed else (e, n, k)
+        assert experts.get_parameter(name).shape == stored
+
+
+def test_shapes_of_experts_have_four_sizes():
     found = parse_shapes("mixtral-8x7b,qwen3-30b-a3b-down_proj,4x8x16x3", sizes="MNKE")
     assert [(one.name, one.E, one.N, one.K, one.M) for one in found] == [
         ("mixtral-8x7b-gate_up_proj", 8, 28672, 4096, None),
@@ -384,13 +362,10 @@ def test_a_result_of_another_kind_is_not_compared(tmp_path):
 
 
 def record(ours: float | None, peft: float | None, cpu: str = "a", name: str = "case") -> dict:
-    def row(label: str, median: float | None) -> dict:
-        return {"label": label, "median_ms": median}
-
-    providers = {"peftkern": row("peftkern", ours), "peft": row("peft", peft)}
-    case = {"name": name, "against": "peft" if peft else None, "providers": providers}
-    environment = {"cpu": cpu, "isa": "avx2", "threads": 1, "gpu": None}
-    return {"format": FORMAT, "environment": environment, "cases": [case]}
+    one = of.case(of.provider("peftkern", ours), of.provider("peft", peft))
+    found = of.record(one | {"name": name, "against": "peft" if peft else None})
+    found["environment"]["cpu"] = cpu
+    return found
 
 
 def test_compare_takes_ratios_and_times_only_on_the_same_machine():
