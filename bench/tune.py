@@ -54,9 +54,9 @@ LAYER_TILES = ("lora_forward", "nf4_forward")  # of every row and shape; the oth
 SECTIONS = ("configs", "gains", "back_ends", "layers", "milliseconds")
 
 
-def begin(path: Path, device: torch.device, args: argparse.Namespace) -> dict:
+def begin(path: Path, args: argparse.Namespace) -> dict:
     """Load the table if this device, versions and kernels wrote it, else an empty one."""
-    facts = machine.describe(torch.get_num_threads(), device, args.commit)
+    facts = machine.describe(torch.get_num_threads(), args.device, args.commit)
     head = {
         "device": facts["gpu"]["name"] if facts["gpu"] else facts["cpu"],
         "versions": {name: facts["versions"][name] for name in ("torch", "triton", "peftkern")},
@@ -96,42 +96,40 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--again", action="store_true", help="forget what the table holds")
     add("--out", type=Path, default=configs.TUNED, help="folder of the tables")
     add("--commit", default="", help="what to record where the tree carries no history")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.device = machine.device_named(args.device)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
     os.environ.setdefault("PEFTKERN_TRUST", "always")  # kernels are what is measured
-    end = time.monotonic() + args.budget
     try:
-        device = machine.device_named(args.device)
+        args = parse(argv)
     except machine.DeviceError as error:
         print(f"tune.py: error: {error}", file=sys.stderr)
         return 2
-    if device.type == "cpu" and not triton_interpreted():
+    if args.device.type == "cpu" and not triton_interpreted():
         print("tune.py: error: device cpu needs TRITON_INTERPRET=1", file=sys.stderr)
         return 2
-    path = args.out / f"{arch(device)}.json"
-    table = begin(path, device, args)
+    end = time.monotonic() + args.budget
+    path = args.out / f"{arch(args.device)}.json"
+    table = begin(path, args)
     reserved = FOR_CONTESTS * args.budget if args.contests else 0.0
     status = 0
     try:
-        tune_tiles(args, device, table, path, lambda: end - reserved - time.monotonic())
+        tune_tiles(args, table, path, lambda: end - reserved - time.monotonic())
     except Exception:  # the contests are still worth holding
         traceback.print_exc()
         status = 1
-    hold_contests(args, device, table, path, lambda: end - time.monotonic())
+    hold_contests(args, table, path, lambda: end - time.monotonic())
     print(f"written: {path}")
     return status
 
 
 def tune_tiles(
-    args: argparse.Namespace,
-    device: torch.device,
-    table: dict,
-    path: Path,
-    left: Callable[[], float],
+    args: argparse.Namespace, table: dict, path: Path, left: Callable[[], float]
 ) -> None:
+    device = args.device
     # The crossover comes first: it decides more than any tile, and takes a few seconds.
     if "nf4_fused_rows" not in table and "nf4_forward" in args.kernels:
         on_gpu = device.type == "cuda"  # where it has to hold for all shapes
@@ -169,12 +167,9 @@ def tune_tiles(
 
 
 def hold_contests(
-    args: argparse.Namespace,
-    device: torch.device,
-    table: dict,
-    path: Path,
-    left: Callable[[], float],
+    args: argparse.Namespace, table: dict, path: Path, left: Callable[[], float]
 ) -> None:
+    device = args.device
     use(table, arch(device))
     done, missed, failed = Counter(), 0, Counter()
     tiles = problems(args.shapes, args.rows, args.ranks)

@@ -409,25 +409,25 @@ def test_contest_leaves_out_who_gives_other_numbers():
 def test_contests_wait_for_the_tiles_they_depend_on(tmp_path, capsys):
     """Held before, they would have to be held again."""
     command = [*TINY, "--contests", "nf4_lora_linear_forward", "nf4_dequantize", "--budget", "0"]
-    table = tune.begin(tmp_path / "t.json", CPU, tune.parse(command))
-    args = tune.parse(command)
-    tune.hold_contests(args, CPU, table, tmp_path / "t.json", lambda: 1.0)
+    args, path = tune.parse(command), tmp_path / "t.json"
+    table = tune.begin(path, args)
+    tune.hold_contests(args, table, path, lambda: 1.0)
     assert "contests: 1 held, 1 left" in capsys.readouterr().out
     assert [key.split("/")[0] for key in table["back_ends"]] == ["nf4_dequantize"]
     for problem, n, k in tiles.problems(args.shapes, args.rows, args.ranks):
         table["configs"][problem.key()] = as_entry(tiles.Search.of(problem, n, k, CPU).counted)
-    tune.hold_contests(args, CPU, table, tmp_path / "t.json", lambda: 1.0)
+    tune.hold_contests(args, table, path, lambda: 1.0)
     assert "contests: 1 held, 0 left" in capsys.readouterr().out
     configs.load.cache_clear()
 
 
 def test_table_of_other_kernels_is_not_continued(tmp_path, monkeypatch):
     path, args = tmp_path / "interpreter.json", tune.parse(["--device", "cpu"])
-    table = tune.begin(path, CPU, args)
+    table = tune.begin(path, args)
     tune.save(path, {**table, "configs": {"some": {}}})
-    assert tune.begin(path, CPU, args)["configs"] == {"some": {}}
+    assert tune.begin(path, args)["configs"] == {"some": {}}
     monkeypatch.setattr(tune, "fingerprint", lambda: "other")
-    assert tune.begin(path, CPU, args)["configs"] == {}
+    assert tune.begin(path, args)["configs"] == {}
 
 
 def dies(problem, n, k, counted, config, device):

@@ -66,9 +66,23 @@ def test_verdicts_and_demotions_are_told(ledger, folder):
     (finding,) = findings.trust_findings(look)
     assert (finding.severity, "--forget" in finding.cure) == ("note", True)
     assert finding.cause == "op c on cpu is demoted on cpu: wrong at call 10: y is off"
-    lines = [" ".join(line.split()) for line in shown(look).splitlines()]
-    assert {"right 2", "class two PEFT 1.50 forward is slow"} < set(lines)
-    assert "demoted op c on cpu: wrong at call 10: y is off" in lines
+    lines = [line.split() for line in shown(look).splitlines()]
+    assert ["right", "2"] in lines
+    assert [
+        "demoted",
+        "op",
+        "c",
+        "on",
+        "cpu:",
+        "wrong",
+        "at",
+        "call",
+        "10:",
+        "y",
+        "is",
+        "off",
+    ] in lines
+    assert ["class", "two", "PEFT", "1.50", "forward", "is", "slow"] in lines
 
 
 def test_many_classes_are_the_worst_ones(ledger):
