@@ -6,12 +6,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import itertools
 from collections.abc import Callable, Mapping
 
 import torch
 
-from peftkern.tools.bench.gpu_timer import first_line
+from peftkern.tools.bench import gpu_timer
 from peftkern.tools.bench.timer import Timing, in_turns
 
 CALLS_IN_GRAPH = 32  # inputs that one replay walks through; a quarter of it if a call is slow
@@ -37,18 +36,12 @@ def measure_graphs(
             graphs[name] = captured(call, lengths[name])
         except Exception as error:  # of any type: peers run operations that a graph cannot hold
             torch.cuda.synchronize()
-            refused[name] = first_line(error)
+            refused[name] = gpu_timer.first_line(error)
             end_capture()
 
     def turn(name: str) -> list[float]:
-        marks = [torch.cuda.Event(enable_timing=True) for _ in range(4)]
-        for mark in marks:
-            mark.record()
-            if mark is not marks[-1]:
-                graphs[name].replay()
-        torch.cuda.synchronize()
-        pairs = list(itertools.pairwise(marks))[1:]  # the first waited for the host
-        return [s.elapsed_time(e) / 1e3 / lengths[name] for s, e in pairs]
+        replays = gpu_timer.turn(lambda _: graphs[name].replay(), 3)
+        return [seconds / lengths[name] for seconds in replays[1:]]  # the first waited for the host
 
     turns = {name: functools.partial(turn, name) for name in graphs}
     return in_turns(turns, seconds=seconds, weights=lengths), refused
