@@ -9,6 +9,7 @@ python bench/bench_dora.py [--device cuda] [--only forward-M256] [--seconds 2]
 
 from __future__ import annotations
 
+import copy
 import itertools
 import sys
 from dataclasses import replace
@@ -51,11 +52,7 @@ def build_norm(options: Options, nf4: bool) -> Case:
         with peftkern.use_backend(None):  # even if the case forces a back end
             weight = peftkern.quantize_nf4(weight)
         traffic = weight.packed.nbytes + weight.absmax.nbytes
-        copied = [
-            replace(weight, packed=weight.packed.clone()) for _ in range(options.copies(traffic))
-        ]
-    else:
-        copied = [weight.clone() for _ in range(options.copies(traffic))]
+    copied = [copy.deepcopy(weight) for _ in range(options.copies(traffic))]
 
     def norms(i: int) -> Tensor:
         return dora_norm(copied[i % len(copied)], a, b, scaling=2.0)

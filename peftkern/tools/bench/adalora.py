@@ -55,10 +55,6 @@ def results(problem: Problem, tensors: Tensors) -> Tensors:
     eye = torch.eye(problem.r, dtype=matrices[0].dtype, device=matrices[0].device)
     grams = [p @ p.T if i % 2 == 0 else p.T @ p for i, p in enumerate(matrices)]
     loss = 0.5 * torch.stack([torch.linalg.norm(gram - eye) for gram in grams]).mean()
-    return _loss_and_gradients(loss, matrices)
-
-
-def _loss_and_gradients(loss: Tensor, matrices: list[Tensor]) -> Tensors:
     gradients = torch.autograd.grad(loss, matrices)
     return {"loss": loss.detach(), "gradients": torch.cat([g.flatten() for g in gradients])}
 
@@ -108,13 +104,9 @@ def _tuner(problem: Problem, tensors: Tensors, patched: bool) -> nn.Module:
     return model.base_model
 
 
-def _under_peft(patched: bool) -> Callable:
-    def build(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
-        tuners = [_tuner(problem, tensors, patched) for _ in range(copies)]
-        of = _update_layer if problem.op == "adalora_update" else _loss_layer
-        return [of(tuner) for tuner in tuners]
-
-    return build
+def peft(problem: Problem, tensors: Tensors, copies: int, patched: bool = False) -> list[Layer]:
+    of = _update_layer if problem.op == "adalora_update" else _loss_layer
+    return [of(_tuner(problem, tensors, patched)) for _ in range(copies)]
 
 
 def _update_layer(tuner: nn.Module) -> Layer:
@@ -224,7 +216,4 @@ def composed(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
 def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     if problem.op == "adalora_update" and not has("peft"):
         return allocator(problem, tensors, copies)
-    return _under_peft(patched=True)(problem, tensors, copies)
-
-
-peft = _under_peft(patched=False)
+    return peft(problem, tensors, copies, patched=True)

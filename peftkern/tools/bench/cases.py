@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import os
 import random
 from collections.abc import Iterable
@@ -248,33 +249,28 @@ def problems(
     for mode in modes or ():
         if all(mode not in OPS[op].modes for op in ops):
             raise ValueError(f"--mode: {', '.join(ops)} has no {mode}")
-    for shape in shapes:
-        for op in ops:
-            kind, given = OPS[op], ()
-            if kind.grouped != bool(shape.E):
+    for shape, op in itertools.product(shapes, ops):
+        kind, label = OPS[op], shape.name
+        if kind.grouped != bool(shape.E):
+            continue
+        own = {"format": format} if kind.nf4 else {}
+        accepted = [dtype for dtype in dtypes if dtype in kind.dtypes] or kind.dtypes[:1]
+        for mode in modes or (("full",) if kind.rows else ("forward",)):
+            if mode not in kind.modes:
                 continue
-            for mode in modes or (("full",) if kind.rows else ("forward",)):
-                if mode not in kind.modes:
-                    continue
-                label = shape.name
-                if kind.counts:
-                    of_rows = kind.counts == "rows"
-                    first = rows or (FIRST_ROWS[device],) if of_rows else (FIRST_LAYERS,)
-                    given = (shape.M,) if shape.M else first
-                elif not kind.rows:
-                    label = f"{shape.N}x{shape.K}" if shape.M else label
-                    given = (None,)
-                elif shape.M:
-                    given = (shape.M,)
-                else:
-                    given = rows or (1 if mode == "no-grad" else FIRST_ROWS[device],)
-                for m in given:
-                    for dtype in [d for d in dtypes if d in kind.dtypes] or kind.dtypes[:1]:
-                        for r in ranks if kind.ranked else (None,):
-                            sizes = (m, shape.N, shape.K, r, dtype, mode, shape.E)
-                            own = {"format": format} if kind.nf4 else {}
-                            problem = Problem(op, label, *sizes, **own)
-                            found.setdefault(problem.name, problem)
+            given = rows or (1 if mode == "no-grad" else FIRST_ROWS[device],)
+            if kind.counts == "layers":
+                given = (FIRST_LAYERS,)
+            if shape.M:
+                given = (shape.M,)
+            if not (kind.rows or kind.counts):
+                label = f"{shape.N}x{shape.K}" if shape.M else label
+                given = (None,)
+            for m, dtype, r in itertools.product(
+                given, accepted, ranks if kind.ranked else (None,)
+            ):
+                problem = Problem(op, label, m, shape.N, shape.K, r, dtype, mode, shape.E, **own)
+                found.setdefault(problem.name, problem)
     free = available_memory()
     for problem in found.values():
         if free is not None and problem.needed_memory() > free:
