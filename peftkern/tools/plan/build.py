@@ -263,12 +263,15 @@ def _like(tensor: Tensor, fake: Any) -> Tensor:
         made = nn.Parameter(fake(tensor), requires_grad=tensor.requires_grad)
     for name, value in attributes.items():
         setattr(made, name, value)
-    for state in (getattr(made, "quant_state", None), getattr(made, "quant_state2", None)):
-        for part in (state, getattr(state, "state2", None)):
-            for name, value in vars(part).items() if part is not None else ():
-                if isinstance(value, Tensor):
-                    setattr(part, name, fake(value))
+    for values in _states(made):
+        values |= {name: fake(value) for name, value in values.items() if isinstance(value, Tensor)}
     return made
+
+
+def _states(weight: Tensor) -> Iterator[dict[str, Any]]:
+    """Yield what a weight of bitsandbytes has beside its codes: its state, and that of absmax."""
+    state = getattr(weight, "quant_state", None)
+    yield from (vars(one) for one in (state, getattr(state, "state2", None)) if one is not None)
 
 
 def tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
@@ -279,14 +282,9 @@ def tensors(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
                 yield from ((f"{path}.{name}", module, part) for part in tensor.parts)
             elif tensor is not None:
                 yield f"{path}.{name}", module, tensor
-                state = getattr(tensor, "quant_state", None)
-                for part in (state, getattr(state, "state2", None)):
-                    values = () if part is None else vars(part).values()
-                    yield from ((f"{path}.{name}", module, v) for v in values if _is_tensor(v))
+                for values in _states(tensor):
+                    found = (value for value in values.values() if isinstance(value, Tensor))
+                    yield from ((f"{path}.{name}", module, value) for value in found)
         if isinstance(module, QuantizedLinear):
-            values = module._quant.values()
-            yield from ((f"{path}.weight", module, v) for v in values if _is_tensor(v))
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+            found = (value for value in module._quant.values() if isinstance(value, Tensor))
+            yield from ((f"{path}.weight", module, value) for value in found)
