@@ -151,12 +151,10 @@ def report(options, planted, found, losses) -> bool:
 
 def plot(path: Path, planted, ranks, losses) -> None:
     """Plot the budget over time, the found ranks, and both losses."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (moved, bars, curves) = pyplot.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    moved, bars, curves = figure.subplots(1, 3)
     layers = list(planted)
     image = [[step[name] for step in ranks] for name in layers]
     shown = moved.imshow(image, aspect="auto", interpolation="nearest", cmap="viridis", vmin=0)

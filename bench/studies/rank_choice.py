@@ -295,12 +295,10 @@ def misplaced(runs: list[Run]) -> dict[str, float]:
 
 def plot(path: Path, problem: Problem, runs: list[Run]) -> None:
     """Plot the ranks of every layer by each way, and the losses."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (maps, curves) = pyplot.subplots(1, 2, figsize=(14, 5), layout="constrained")
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    maps, curves = figure.subplots(1, 2)
     layers = list(max((one.ranks for one in runs), key=len))
     columns = [(one.name, one.ranks) for one in runs]
     if problem.title == "planted":
