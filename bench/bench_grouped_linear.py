@@ -31,7 +31,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 import peftkern
 from peftkern.layers.nf4_stack import NF4Stack
-from peftkern.tools.bench.data import grouped_mm, nf4_values64
+from peftkern.tools.bench.cases import SCALING
+from peftkern.tools.bench.data import by_group, grouped_mm, grouped_update, nf4_values64
 from peftkern.tools.bench.peers import Layers
 from peftkern.tools.bench.record import OURS
 from peftkern.tools.bench.shapes import EXPERT_PRESETS
@@ -40,7 +41,6 @@ PEFT, COMPOSED, FROZEN = "PEFT", "three grouped_mm", "frozen"
 NAMES = (OURS, PEFT, COMPOSED, FROZEN)
 NF4_NAMES = (OURS, COMPOSED, FROZEN)
 BF16 = torch.bfloat16
-SCALING = 2.0
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]  # x, experts of each token, their weights
 
 
@@ -142,24 +142,16 @@ def wrap(experts: nn.Module, copies: int, r: int) -> tuple[list[nn.Module], list
     return wrappers, factors
 
 
-def by_expert(A: Tensor, B: Tensor, E: int) -> tuple[Tensor, Tensor]:
-    """PEFT's factors as [E, r, K] and [E, N, r]."""
-    r = A.shape[0] // E
-    return A.view(E, r, -1), B.view(-1, r, E).permute(2, 0, 1)
-
-
 def composed(experts: nn.Module, factors: tuple) -> Run:
     """Build the experts of three grouped products to a layer, sorted as transformers does."""
     E = experts.num_experts
 
     def adapted(x: Tensor, name: str, pair: tuple, offsets: Tensor, ids: Tensor) -> Tensor:
         weight = getattr(experts, name)
-        A, B = (factor.to(x.dtype).contiguous() for factor in by_expert(*pair, E))
-        update = grouped_mm(grouped_mm(x, A, offsets), B, offsets)
         y = grouped_mm(x, weight.mT if experts.is_transposed else weight, offsets)
         if experts.has_bias:
             y = y + getattr(experts, f"{name}_bias")[ids]
-        return y + update * SCALING
+        return y + grouped_update(x, *pair, offsets)
 
     def run(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         ids, order = index.reshape(-1).sort(stable=True)
@@ -183,7 +175,7 @@ def oracle(
     x = routed.x.detach().double().requires_grad_(dy is not None)
     leaves = [factor.detach().double().requires_grad_(dy is not None) for factor in factors]
     E = experts.num_experts
-    pairs = [by_expert(*leaves[i : i + 2], E) for i in (0, 2)] if factors else None
+    pairs = [by_group(*leaves[i : i + 2], E) for i in (0, 2)] if factors else None
     parts = [[factor.unbind() for factor in pair] for pair in pairs or ()]
     y = torch.zeros_like(x)
 

@@ -256,16 +256,15 @@ def _dora_oracle(tensors: dict[str, Tensor], weight: Tensor, rows: Tensor) -> di
     }
 
 
-def by_group(problem: Problem, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the adapters of each group, [E, r, K] and [E, N, r], as views."""
-    a, b = (tensors[name] for name in ("lora_A", "lora_B"))
-    e, r = problem.E, problem.r
-    return a.view(e, r, problem.K), b.view(problem.N, r, e).permute(2, 0, 1)
+def by_group(a: Tensor, b: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Return PEFT's adapters of each group, [E, r, K] and [E, N, r], as views."""
+    r = len(a) // groups
+    return a.view(groups, r, -1), b.view(-1, r, groups).permute(2, 0, 1)
 
 
 def _grouped_oracle(problem: Problem, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Compute group by group: of y and dx the compared rows, of the adapters everything."""
-    a, b = by_group(problem, tensors)
+    a, b = by_group(tensors["lora_A"], tensors["lora_B"], problem.E)
     grad_a, grad_b = (torch.zeros_like(t, dtype=torch.float64) for t in (a, b))
     rows = tensors["rows"].to(a.device)
     y = a.new_zeros(len(rows), problem.N, dtype=torch.float64)
@@ -298,10 +297,9 @@ def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
 
 
-def grouped_update(problem: Problem, x: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+def grouped_update(x: Tensor, a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """Compute the update as two more products over the groups, in the dtype of x."""
-    a, b = (t.to(x.dtype).contiguous() for t in by_group(problem, tensors))
-    offsets = tensors["offsets"]
+    a, b = (t.to(x.dtype).contiguous() for t in by_group(a, b, len(offsets)))
     return grouped_mm(grouped_mm(x, a, offsets), b, offsets) * SCALING
 
 
@@ -350,5 +348,6 @@ def _eager_linear(
 
 def _eager_grouped(problem: Problem, tensors: dict[str, Tensor], leaves: dict[str, Tensor]):
     groups = leaves["x"].split(problem.group_sizes)
-    operands = zip(groups, tensors["weight"], *by_group(problem, leaves), strict=True)
+    adapters = by_group(leaves["lora_A"], leaves["lora_B"], problem.E)
+    operands = zip(groups, tensors["weight"], *adapters, strict=True)
     return torch.cat([_eager_linear(*one) for one in operands])

@@ -83,7 +83,7 @@ def ours(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
         dtype = getattr(torch, problem.dtype)
         return [Layer(lambda w=w: dequantize(w, dtype)) for w in weights]
     if problem.E:
-        return _grouped(problem, tensors, copies, _grouped_ours)
+        return _grouped(tensors, copies, _grouped_ours)
     if not problem.kind.lora:
         return [Layer(lambda x, w=w: peftkern.nf4_linear(x, w)) for w in packed(tensors, copies)]
     if not has("peft"):
@@ -137,31 +137,29 @@ def _functional(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     return [layer(weight) for weight in weights]
 
 
-def _grouped(problem: Problem, tensors: Tensors, copies: int, run: Callable) -> list[Layer]:
+def _grouped(tensors: Tensors, copies: int, run: Callable) -> list[Layer]:
     """Build layers that are functions of x and of tensors of their own."""
 
     def layer() -> Layer:
-        own = {**tensors, "weight": tensors["weight"].clone()}
-        own |= {name: tensors[name].clone().requires_grad_() for name in ("lora_A", "lora_B")}
-        return Layer(lambda x: run(problem, x, own), (own["lora_A"], own["lora_B"]))
+        leaves = tuple(tensors[name].clone().requires_grad_() for name in ("lora_A", "lora_B"))
+        weight, offsets = tensors["weight"].clone(), tensors["offsets"]
+        return Layer(lambda x: run(x, weight, offsets, *leaves), leaves)
 
     return [layer() for _ in range(copies)]
 
 
-def _grouped_ours(problem: Problem, x: Tensor, own: Tensors) -> Tensor:
-    a, b = by_group(problem, own)
-    weight, offsets = own["weight"], own["offsets"]
-    return peftkern.grouped_lora_linear(x, weight, offsets, a, b, scaling=SCALING)
+def _grouped_ours(x: Tensor, weight: Tensor, offsets: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    adapters = by_group(a, b, len(offsets))
+    return peftkern.grouped_lora_linear(x, weight, offsets, *adapters, scaling=SCALING)
 
 
-def _three_grouped_mm(problem: Problem, x: Tensor, own: Tensors) -> Tensor:
-    y = grouped_mm(x, own["weight"], own["offsets"])
-    return y + grouped_update(problem, x, own)
+def _three_grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return grouped_mm(x, weight, offsets) + grouped_update(x, a, b, offsets)
 
 
 def grouped_products(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
     """Build the layer of three grouped products, as anyone can write it."""
-    return _grouped(problem, tensors, copies, _three_grouped_mm)
+    return _grouped(tensors, copies, _three_grouped_mm)
 
 
 def composed(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
@@ -184,9 +182,7 @@ def peft(problem: Problem, tensors: Tensors, copies: int) -> list[Layer]:
         from peftkern.tools.bench import peers
 
         pool = peers.expert_pool(problem, tensors, copies)
-        return [
-            Layer(one, (one.lora_A["default"].weight, one.lora_B["default"].weight)) for one in pool
-        ]
+        return [Layer(one, peers.adapter_of(one)) for one in pool]
     return _peft(linear(tensors["weight"]), problem, tensors, copies)
 
 
