@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
+import statistics
 from pathlib import Path
 
 from markupsafe import escape
@@ -65,7 +65,7 @@ def headline(record: Record) -> tuple[str, str]:
     ]
     slower = sum(ratio < 1 and not noise for _, ratio, noise in found)
     alike = sum(noise for _, _, noise in found)
-    if mean_of([*found, *bounds]) > 1:  # a mean of ratios some of which are larger
+    if bounds and mean_of([*found, *bounds]) > 1:  # a mean of ratios some of which are larger
         found += bounds
     else:
         bounds = []
@@ -96,8 +96,7 @@ def headline(record: Record) -> tuple[str, str]:
 
 
 def mean_of(found: list[tuple[str, float, bool]]) -> float:
-    """Return the geometric mean of the ratios; 1 of none."""
-    return math.exp(sum(math.log(ratio) for _, ratio, _ in found) / max(1, len(found)))
+    return statistics.geometric_mean(ratio for _, ratio, _ in found)
 
 
 def _cases(count: int) -> str:
