@@ -21,7 +21,6 @@ import argparse
 import datetime
 import hashlib
 import json
-import math
 import os
 import statistics
 import sys
@@ -159,7 +158,7 @@ def tune_tiles(
     finally:
         workers.close()
     gains = table["gains"].values()
-    mean = math.exp(statistics.fmean(map(math.log, gains))) if gains else 1.0
+    mean = statistics.geometric_mean(gains) if gains else 1.0
     print(f"tiles: {done} problems measured, {len(wanted) - done} left for another run")
     print(f"faster than the counted tiles by {mean:.3f}x on average (geometric)")
     for reason, count in rejected.most_common():
