@@ -124,8 +124,8 @@ def arguments(op: str, m: int, n: int, k: int, r: int, device: torch.device) -> 
 
 def layers(op: str, mode: str, m: int, n: int, k: int, r: int, device: torch.device) -> Calls:
     """Build PEFT's layer, patched and not, over equal weights."""
-    from peftkern.tools.bench import peers
-    from peftkern.tools.bench.base_layers import linear
+    from peftkern.tools.bench import cases, peers, worker
+    from peftkern.tools.bench.base_layers import Layer, linear
 
     torch.manual_seed(0)
     weight = (torch.randn(n, k, device=device) * k**-0.5).to(BF16)
@@ -133,36 +133,19 @@ def layers(op: str, mode: str, m: int, n: int, k: int, r: int, device: torch.dev
     layer = peers.nf4_linear(weight) if op.startswith("nf4") else linear(weight)
     rotate = LAYERS_ROTATE if device.type == "cuda" else 0
     copies = copies_of(n * k // 2 if op.startswith("nf4") else weight.nbytes, rotate)
-    xs = [torch.randn(m, k, device=device).to(BF16).requires_grad_(train) for _ in range(copies)]
-    dy = torch.randn(m, n, device=device).to(BF16)
+    tensors = {
+        name: torch.randn(m, size, device=device).to(BF16) for name, size in (("x", k), ("dy", n))
+    }
+    how = "full" if train else "no-grad"
+    problem = cases.Problem(op, "", m, n, k, r, "bfloat16", how)
 
     def of(patched: bool) -> Callable[[int], object]:
         pool = peers.lora_pool(layer, copies, r=r, patched=patched, train=train)
-        return _forward_backward(pool, xs, dy) if train else _forward(pool, xs)
+        made = [Layer(one, peers.adapter_of(one)) for one in pool]
+        setup, call, _ = worker.calls(problem, made, tensors, copies)
+        return lambda i: call(setup())
 
     return {"peftkern": of(True), "PEFT": of(False)}
-
-
-def _forward(layers: list, xs: list[Tensor]) -> Callable[[int], Tensor]:
-    @torch.no_grad()
-    def call(i: int) -> Tensor:
-        return layers[i % len(layers)](xs[i % len(xs)])
-
-    return call
-
-
-def _forward_backward(
-    layers: list, xs: list[Tensor], dy: Tensor
-) -> Callable[[int], tuple[Tensor, ...]]:
-    """Return a call for the output and the gradients of x and of both adapters, as in training."""
-
-    def call(i: int) -> tuple[Tensor, ...]:
-        layer, x = layers[i % len(layers)], xs[i % len(xs)]
-        y = layer(x)
-        wanted = [x, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
-        return y.detach(), *torch.autograd.grad(y, wanted, dy)
-
-    return call
 
 
 def held(calls: Calls, op: str, device: torch.device) -> tuple[str, dict[str, float], list[str]]:
