@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from peftkern.tools.adapters import Update
+from peftkern.tools.adapters import Adapter, AdapterError, Update, write_adapter
+from peftkern.tools.adapters.convert.run import convert_adapter
 
+MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 EXPERTS, INNER, HIDDEN, VOCABULARY = 3, 5, 8, 11
 
 
@@ -121,6 +125,18 @@ def save(case: str, folder: Path, **how: Any) -> PeftModel:
     return model
 
 
+def load(folder: Path) -> PeftModel:
+    """PEFT's reading of an adapter, over the base that `make` has."""
+    torch.manual_seed(0)
+    return PeftModel.from_pretrained(Tiny(), folder)
+
+
+def reload(adapter: Adapter, folder: Path) -> PeftModel:
+    """PEFT's reading of an adapter that is written."""
+    write_adapter(adapter, folder)
+    return load(folder)
+
+
 def base_of(folder: Path, kind: str = "qwen3_moe") -> Path:
     """Make a base's folder, of which conversions read the kind of model alone."""
     folder.mkdir()
@@ -148,6 +164,24 @@ def delta(update: Update, like: Tensor) -> Tensor:
     if update.kind == "conv":
         return dense.reshape(like.shape)
     return dense.mT if turned else dense
+
+
+def assert_updates(adapter: Adapter, wanted: dict[str, Tensor]) -> None:
+    """The products of an adapter are these deltas, and there are no others."""
+    assert adapter.updates.keys() == wanted.keys()
+    for key, theirs in wanted.items():
+        ours = delta(adapter.updates[key], theirs)
+        torch.testing.assert_close(ours.to(theirs.dtype), theirs, **CLOSE)
+
+
+def refused(path: Path, to: str, *words: str, **how: Any) -> None:
+    """What cannot be converted is one line with the words, and nothing is written."""
+    with pytest.raises(AdapterError) as caught:
+        convert_adapter(path, path.parent / "dst", to, **how)
+    said = str(caught.value)
+    assert len(said.splitlines()) == 1 and said.isprintable(), said
+    assert not [word for word in words if word not in said], said
+    assert not (path.parent / "dst").exists()
 
 
 def weights(model: PeftModel) -> dict[str, Tensor]:

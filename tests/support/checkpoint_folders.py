@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,21 @@ MOE_FAMILIES = {
 
 def config_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
+
+
+def configure(folder: Path, file: str = "config.json", **fields: Any) -> None:
+    """Change fields of a config."""
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@contextmanager
+def changing(path: Path) -> Iterator[dict[str, Tensor]]:
+    """The tensors of a file, which is written again with what became of them."""
+    tensors = load_file(path)
+    yield tensors
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def save_moe(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import adapters as cases
 import pytest
@@ -14,18 +13,12 @@ from tolerances import SVD_RECONSTRUCTION
 from torch import Tensor
 
 from peftkern.methods.sparse_sums import METHODS
-from peftkern.tools.adapters import AdapterError, from_model, read_adapter, write_adapter
+from peftkern.tools.adapters import AdapterError, from_model, read_adapter
 from peftkern.tools.adapters.combine import Combination, combine
 
 WEIGHTS = [0.7, -0.4]
 PLAIN = [case for case in cases.CASES if "dora" not in case]
 SAVED = ("modules_to_save", "token rows", "biases")  # which have no sum
-
-
-def reload(adapter, folder: Path) -> PeftModel:
-    write_adapter(adapter, folder)
-    torch.manual_seed(0)  # the base of `cases.make`
-    return PeftModel.from_pretrained(cases.Tiny(), folder)
 
 
 def sums(models: list[PeftModel]) -> dict[str, Tensor]:
@@ -48,7 +41,7 @@ def test_cat_is_the_sum(case, tmp_path):
     models = [cases.make(case, seed=seed) for seed in (0, 1)]
     found, losses = combine(list(map(from_model, models)), WEIGHTS, Combination("cat"))
     expected = {name: total for name, total in sums(models).items() if total.any()}
-    assert_updates(reload(found, tmp_path / "b"), expected)
+    assert_updates(cases.reload(found, tmp_path / "b"), expected)
     for name, total in expected.items():
         assert losses[name].lost == 0 and losses[name].kept == losses[name].rank
         assert losses[name].energy == pytest.approx(total.square().sum().item(), rel=1e-5)
@@ -68,7 +61,7 @@ def test_svd_is_the_best_of_the_sum(case, rank, tmp_path):
         expected[name] = cut.reshape(total.shape)
         error = ((total - expected[name]).norm() / total.norm()).item()
         assert losses[name].error == pytest.approx(error, abs=1e-4)
-    loaded = cases.deltas(reload(found, tmp_path / "b"))
+    loaded = cases.deltas(cases.reload(found, tmp_path / "b"))
     for name, delta in loaded.items():
         assert (delta - expected[name]).norm() <= SVD_RECONSTRUCTION * sums(models)[name].norm()
 
@@ -85,7 +78,7 @@ def test_sparsified_sums(method, tmp_path):
         name: getattr(merge_utils, method)([d[name] for d in held], torch.tensor(WEIGHTS), 0.5)
         for name in sorted(held[0])
     }
-    assert_updates(reload(found, tmp_path / "b"), expected)  # rank 12 is full here
+    assert_updates(cases.reload(found, tmp_path / "b"), expected)  # rank 12 is full here
     again, _ = combine(list(map(from_model, models)), WEIGHTS, how)
     for key, update in found.updates.items():
         assert torch.equal(update.lora_A, again.updates[key].lora_A)
@@ -109,19 +102,19 @@ def test_experts_are_sparsified_one_by_one(tmp_path):
         ])
         for name in held[0]
     }  # fmt: skip
-    assert_updates(reload(found, tmp_path / "b"), expected)
+    assert_updates(cases.reload(found, tmp_path / "b"), expected)
 
 
 def test_modules_of_one_alone_and_other_ranks(tmp_path):
     models = [cases.make("power of two"), cases.make("convolutions", seed=1)]
     found, _ = combine(list(map(from_model, models)), WEIGHTS, Combination("cat"))
-    assert_updates(reload(found, tmp_path / "b"), sums(models))
+    assert_updates(cases.reload(found, tmp_path / "b"), sums(models))
 
 
 def test_biases_of_lora_B(tmp_path):
     models = [cases.make("lora_bias"), cases.make("linear", seed=1)]
     found, _ = combine(list(map(from_model, models)), WEIGHTS)
-    loaded = reload(found, tmp_path / "b")
+    loaded = cases.reload(found, tmp_path / "b")
     layer, other = (m.base_model.model.layers[0] for m in (models[0], loaded))
     want = 0.7 * layer.q_proj.scaling["default"] * layer.q_proj.lora_B["default"].bias
     torch.testing.assert_close(other.q_proj.lora_B["default"].bias, want)
@@ -136,7 +129,7 @@ def test_replaced_tensors_are_carried_if_they_are_equal(case, tmp_path):
     for others in ([one, plain], [plain, one], [one, one]):
         found, _ = combine(others, WEIGHTS)
         assert found.extras.keys() == one.extras.keys()
-        loaded = reload(found, tmp_path / str(len(list(tmp_path.iterdir()))))
+        loaded = cases.reload(found, tmp_path / str(len(list(tmp_path.iterdir()))))
         state = loaded.state_dict()
         for name, tensor in read_adapter(tmp_path / "a").extras.items():
             assert any(torch.equal(tensor, held) for held in state.values()), name

@@ -8,14 +8,13 @@ import signal
 from collections.abc import Callable
 
 import pytest
-from adapters import save
+from adapters import CONFIG, MODEL, save
 from processes import killed
 
 from peftkern.tools.adapters import Adapter, AdapterError, read_adapter, write, write_adapter
 from peftkern.tools.adapters.verify import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 EVENTS = [(os, "replace"), (os, "unlink"), (os, "mkdir"), (os, "rmdir")]
 EVENTS += [(write, "save_file"), (write, "sync_file")]

@@ -6,16 +6,25 @@ import json
 
 import pytest
 import torch
-from adapters import EXPERTS, HIDDEN, INNER, delta, deltas, save
+from adapters import (
+    CLOSE,
+    CONFIG,
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    MODEL,
+    assert_updates,
+    delta,
+    deltas,
+    save,
+)
+from checkpoint_folders import changing
 from expert_models import add_experts_lora, fill_lora_B, tiny_moe
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 
 from peftkern.tools.adapters import AdapterError, experts, read_adapter, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def relabel(A, B, count: int, layout: str):
@@ -39,20 +48,13 @@ def relabel(A, B, count: int, layout: str):
 
 def rewrite(folder, layout: str, **fields) -> None:
     """Turn what PEFT saved into another layout, and change fields of the config; None removes."""
-    state, count = load_file(folder / MODEL), EXPERTS
-    for name in [name for name in state if "experts" in name and name.endswith("lora_A.weight")]:
-        other = name.replace("lora_A", "lora_B")
-        pair = relabel(state[name], state[other], count, layout)
-        state[name], state[other] = (one.contiguous() for one in pair)
-    save_file(state, folder / MODEL)
+    with changing(folder / MODEL) as state:
+        for name in [n for n in state if "experts" in n and n.endswith("lora_A.weight")]:
+            other = name.replace("lora_A", "lora_B")
+            state[name], state[other] = relabel(state[name], state[other], EXPERTS, layout)
     config = json.loads((folder / CONFIG).read_text()) | fields
     config = {key: value for key, value in config.items() if value is not None}
     (folder / CONFIG).write_text(json.dumps(config))
-
-
-def check(adapter, model) -> None:
-    for key, theirs in deltas(model).items():
-        torch.testing.assert_close(delta(adapter.updates[key], theirs).float(), theirs, **CLOSE)
 
 
 @pytest.mark.parametrize("layout", experts.LAYOUTS)
@@ -62,11 +64,11 @@ def test_two_parameters_tell_input_from_output(layout, version, tmp_path):
     marker = "grouped_by_expert" if layout.startswith("unsloth") else None
     rewrite(tmp_path / "a", layout, peft_version=version, lora_B_layout=marker)
     adapter = read_adapter(tmp_path / "a")
-    check(adapter, model)
+    assert_updates(adapter, deltas(model))
     assert adapter.notes[0].startswith(f"experts in layout {layout}: gate_up_proj ")
     write_adapter(adapter, tmp_path / "b")
     again = read_adapter(tmp_path / "b")
-    check(again, model)
+    assert_updates(again, deltas(model))
     assert again.notes[0].startswith("experts in layout peft: gate_up_proj ")
     marked = json.loads((tmp_path / "b" / CONFIG).read_text()).get("lora_B_layout")
     assert marked == ("rank_major" if marker else None)
@@ -88,9 +90,9 @@ def test_what_relabeling_does_it_undoes(layout):
 @pytest.mark.parametrize("layout", ["peft", "peft-old-moe"])
 def test_the_attention_shows_the_hidden_size(layout, tmp_path):
     model = save("experts and attention", tmp_path / "a")
-    state = load_file(tmp_path / "a" / MODEL)
-    state = {name: t for name, t in state.items() if "experts.base_layer" not in name}
-    save_file(state, tmp_path / "a" / MODEL)
+    with changing(tmp_path / "a" / MODEL) as state:
+        for name in [name for name in state if "experts.base_layer" in name]:
+            del state[name]
     names = {"target_parameters": ["experts.down_proj"], "peft_version": "0.18.0"}
     rewrite(tmp_path / "a", layout, **names)
     adapter = read_adapter(tmp_path / "a")
@@ -103,16 +105,18 @@ def test_the_attention_shows_the_hidden_size(layout, tmp_path):
 
 def test_where_nothing_tells_a_layout_is_asked_for(tmp_path):
     model = save("one parameter", tmp_path / "a")
-    check(read_adapter(tmp_path / "a"), model)  # written by a PEFT that has one layout
+    assert_updates(
+        read_adapter(tmp_path / "a"), deltas(model)
+    )  # written by a PEFT that has one layout
     rewrite(tmp_path / "a", "peft-old-moe", peft_version="0.18.1")
     with pytest.raises(AdapterError, match="--layout peft or peft-old-moe") as caught:
         read_adapter(tmp_path / "a")
     assert "layers.0.experts.down_proj: A [6, 8] and B [5, 6]" in str(caught.value)
-    check(read_adapter(tmp_path / "a", expert_layout="peft-old-moe"), model)
+    assert_updates(read_adapter(tmp_path / "a", expert_layout="peft-old-moe"), deltas(model))
     with pytest.raises(AdapterError, match="expert_layout: expected one of peft, "):
         read_adapter(tmp_path / "a", expert_layout="else")
     write_adapter(read_adapter(tmp_path / "a", expert_layout="peft-old-moe"), tmp_path / "b")
-    check(read_adapter(tmp_path / "b"), model)
+    assert_updates(read_adapter(tmp_path / "b"), deltas(model))
 
 
 @pytest.mark.parametrize("layout", ["peft", "unsloth"])
@@ -122,9 +126,9 @@ def test_adapters_of_unsloth_without_their_marker_are_asked_for(layout, tmp_path
     with pytest.raises(AdapterError, match="--layout peft or unsloth"):
         read_adapter(tmp_path / "a")
     adapter = read_adapter(tmp_path / "a", expert_layout=layout)
-    check(adapter, model)
+    assert_updates(adapter, deltas(model))
     write_adapter(adapter, tmp_path / "b")
-    check(read_adapter(tmp_path / "b"), model)  # which is marked
+    assert_updates(read_adapter(tmp_path / "b"), deltas(model))  # which is marked
 
 
 def test_shapes_rule_out_a_layout_that_is_asked_for(tmp_path):
@@ -135,12 +139,10 @@ def test_shapes_rule_out_a_layout_that_is_asked_for(tmp_path):
 
 def test_stacks_of_which_each_is_another_way_round_are_refused(tmp_path):
     save("experts", tmp_path / "a")
-    state = load_file(tmp_path / "a" / MODEL)
-    for inner in ("", "base_layer."):
-        names = [f"base_model.model.layers.1.experts.{inner}lora_{x}.weight" for x in "AB"]
-        pair = relabel(*(state[name] for name in names), EXPERTS, "peft-old-moe")
-        state |= {name: one.contiguous() for name, one in zip(names, pair, strict=True)}
-    save_file(state, tmp_path / "a" / MODEL)
+    with changing(tmp_path / "a" / MODEL) as state:
+        for inner in ("", "base_layer."):
+            A, B = (f"base_model.model.layers.1.experts.{inner}lora_{x}.weight" for x in "AB")
+            state[A], state[B] = relabel(state[A], state[B], EXPERTS, "peft-old-moe")
     with pytest.raises(AdapterError, match="its experts have two layouts"):
         read_adapter(tmp_path / "a")
 
@@ -148,7 +150,7 @@ def test_stacks_of_which_each_is_another_way_round_are_refused(tmp_path):
 def test_a_transposed_base_has_the_same_factors(tmp_path):
     model = save("experts", tmp_path / "a", is_transposed=True)
     adapter = read_adapter(tmp_path / "a")
-    check(adapter, model)
+    assert_updates(adapter, deltas(model))
     assert adapter.updates["layers.0.experts.gate_up_proj"].size == (2 * INNER, HIDDEN)
 
 
@@ -158,10 +160,8 @@ def test_adapters_of_transformers_models_go_through_a_file(family, tmp_path):
     fill_lora_B(model)
     model.save_pretrained(tmp_path / "a")
     adapter = read_adapter(tmp_path / "a")
-    check(adapter, model)
+    assert_updates(adapter, deltas(model))
     assert {one.kind for one in adapter.updates.values()} == {"linear", "experts"}
     write_adapter(adapter, tmp_path / "b")
     loaded = PeftModel.from_pretrained(tiny_moe(family), tmp_path / "b")
-    theirs = deltas(model)
-    for key, tensor in deltas(loaded).items():
-        torch.testing.assert_close(tensor, theirs[key], **CLOSE)
+    torch.testing.assert_close(deltas(loaded), deltas(model), **CLOSE)

@@ -8,13 +8,13 @@ import struct
 
 import pytest
 import torch
-from adapters import make, save
+from adapters import CONFIG, MODEL, make, save
+from checkpoint_folders import changing, configure
 from safetensors.torch import load_file, save_file
 
 from peftkern.tools.adapters import AdapterError, read_adapter, write_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Q = "base_model.model.layers.0.q_proj."
 EXPERTS = "base_model.model.layers.0.experts"
 
@@ -38,17 +38,11 @@ def folder(tmp_path):
 
 def change(folder, **tensors) -> None:
     """Replace tensors, by the end of their names after Q; None removes one."""
-    state = load_file(folder / MODEL)
-    for name, tensor in tensors.items():
-        state.pop(name, None)
-        if tensor is not None:
-            state[name] = tensor
-    save_file(state, folder / MODEL)
-
-
-def configure(folder, **fields) -> None:
-    config = json.loads((folder / CONFIG).read_text())
-    (folder / CONFIG).write_text(json.dumps(config | fields))
+    with changing(folder / MODEL) as state:
+        for name, tensor in tensors.items():
+            state.pop(name, None)
+            if tensor is not None:
+                state[name] = tensor
 
 
 def test_files_that_are_none(tmp_path, folder):
@@ -164,7 +158,7 @@ def test_names_of_no_adapter(folder):
     ],
 )
 def test_configs_that_do_not_fit(folder, field, value, words):
-    configure(folder, **{field: value})
+    configure(folder, CONFIG, **{field: value})
     refused(folder, words)
 
 
@@ -178,13 +172,13 @@ def test_links_to_elsewhere(tmp_path, folder):
 def test_experts_that_cannot_be_told_apart(tmp_path):
     save("experts", tmp_path / "a")
     config = json.loads((tmp_path / "a" / CONFIG).read_text())
-    configure(tmp_path / "a", target_parameters=["experts.down_proj"])
+    configure(tmp_path / "a", CONFIG, target_parameters=["experts.down_proj"])
     refused(tmp_path / "a", EXPERTS, "updates of 2 parameters", "names down_proj")
-    configure(tmp_path / "a", target_parameters=["experts.ours", "experts.theirs"])
+    configure(tmp_path / "a", CONFIG, target_parameters=["experts.ours", "experts.theirs"])
     refused(tmp_path / "a", EXPERTS, "whose order nothing in the file tells")
-    configure(tmp_path / "a", target_parameters=None)
+    configure(tmp_path / "a", CONFIG, target_parameters=None)
     refused(tmp_path / "a", EXPERTS, "target_parameters names no parameter")
-    configure(tmp_path / "a", **config | {"lora_B_layout": "other"})
+    configure(tmp_path / "a", CONFIG, **config | {"lora_B_layout": "other"})
     refused(tmp_path / "a", "lora_B_layout: expected one of rank_major, grouped_by_expert")
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from adapters import CASES, EXPERTS, delta, deltas, make, save
+from checkpoint_folders import configure
 
 from peftkern.tools.adapters import from_model, page, read_adapter
 from peftkern.tools.adapters.inspect import inspect, labels, rows
@@ -101,8 +102,7 @@ def test_labels_tell_modules_of_one_name_apart():
 
 def test_remarks_say_what_a_merge_and_a_reader_run_into(tmp_path):
     save("linear", tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    config |= {
+    changes = {
         "init_lora_weights": "pissa_niter_4",
         "alora_invocation_tokens": [1, 2],
         "rank_pattern": {"v_proj": 3},
@@ -110,7 +110,7 @@ def test_remarks_say_what_a_merge_and_a_reader_run_into(tmp_path):
         "modules_to_save": ["score"],
         "trainable_token_indices": [3],
     }
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    configure(tmp_path / "a", "adapter_config.json", **changes)
     adapter = read_adapter(tmp_path / "a")
     table = {"base_model.model.embed_tokens.base_layer.weight": torch.zeros(11, 8)}
     said = list(remarks(inspect(replace(adapter, extras=table))))

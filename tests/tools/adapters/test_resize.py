@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import adapters as cases
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tolerances import SVD_RECONSTRUCTION
 from torch import Tensor
 
 from peftkern.methods.low_rank_algebra import total_error
 from peftkern.methods.rank_rules import RankRule
-from peftkern.tools.adapters import AdapterError, from_model, read_adapter, write_adapter
+from peftkern.tools.adapters import AdapterError, from_model, read_adapter
 from peftkern.tools.adapters.resize import resize
 
 PLAIN = [case for case in cases.CASES if "dora" not in case]
-
-
-def reload(adapter, folder: Path) -> PeftModel:
-    """PEFT's reading of an adapter that is written."""
-    write_adapter(adapter, folder)
-    torch.manual_seed(0)  # the base of `cases.make`
-    return PeftModel.from_pretrained(cases.Tiny(), folder)
 
 
 def best(dense: Tensor, rank: int) -> Tensor:
@@ -40,7 +32,7 @@ def best(dense: Tensor, rank: int) -> Tensor:
 def test_peft_loads_the_best_of_a_rank(case, tmp_path):
     model = cases.save(case, tmp_path / "a")
     found, losses = resize(read_adapter(tmp_path / "a"), RankRule("rank", 2))
-    before, after = cases.deltas(model), cases.deltas(reload(found, tmp_path / "b"))
+    before, after = cases.deltas(model), cases.deltas(cases.reload(found, tmp_path / "b"))
     before = {name: delta for name, delta in before.items() if name in losses}  # AdaLoRA's pruned
     assert after.keys() == before.keys() == losses.keys()
     for name, delta in before.items():
@@ -55,7 +47,7 @@ def test_peft_loads_the_best_of_a_rank(case, tmp_path):
 def test_all_else_is_carried(case, tmp_path):
     model = cases.save(case, tmp_path / "a")
     found, _ = resize(read_adapter(tmp_path / "a"), RankRule("energy", 1.0))
-    loaded = reload(found, tmp_path / "b")
+    loaded = cases.reload(found, tmp_path / "b")
     states = zip(model.state_dict().items(), loaded.state_dict().items(), strict=True)
     checked = 0
     for (name, want), (_, got) in states:
@@ -73,7 +65,7 @@ def test_dora_keeps_its_magnitudes(tmp_path):
     """Cut to half of the rank, where PEFT divides by the norm of the weight with what is left."""
     model = cases.save("dora", tmp_path / "a")
     found, _ = resize(read_adapter(tmp_path / "a"), RankRule("rank", 2))
-    loaded = reload(found, tmp_path / "b")
+    loaded = cases.reload(found, tmp_path / "b")
     before, after = cases.deltas(model), cases.deltas(loaded)
     for name, layer in loaded.base_model.model.named_modules():
         if name in before:
@@ -94,7 +86,7 @@ def test_a_live_model(tmp_path):
     model = cases.make("patterns")
     found, losses = resize(from_model(model), RankRule("average_rank", 2))
     assert sum(loss.kept for loss in losses.values()) == 2 * len(losses)
-    reloaded = cases.deltas(reload(found, tmp_path / "b"))
+    reloaded = cases.deltas(cases.reload(found, tmp_path / "b"))
     before = cases.deltas(model)
     lost = sum((before[name] - reloaded[name]).square().sum() for name in before)
     total = sum(delta.square().sum() for delta in before.values())
@@ -109,7 +101,7 @@ def test_a_live_model(tmp_path):
 def test_ranks_differ_by_layer_and_peft_reads_them(rule, itemsize, tmp_path):
     model = cases.save("rslora", tmp_path / "a")
     found, losses = resize(read_adapter(tmp_path / "a"), RankRule(*rule), itemsize=itemsize)
-    after = cases.deltas(reload(found, tmp_path / "b"))
+    after = cases.deltas(cases.reload(found, tmp_path / "b"))
     for name, delta in cases.deltas(model).items():
         want = best(delta, losses[name].kept)
         assert (after[name] - want).norm() <= SVD_RECONSTRUCTION * delta.norm()

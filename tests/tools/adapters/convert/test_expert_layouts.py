@@ -6,19 +6,31 @@ import json
 
 import pytest
 import torch
-from adapters import CASES, EXPERTS, HIDDEN, INNER, base_of, delta, deltas, save
-from checkpoint_folders import save_moe
+from adapters import (
+    CASES,
+    CLOSE,
+    CONFIG,
+    EXPERTS,
+    HIDDEN,
+    INNER,
+    MODEL,
+    assert_updates,
+    base_of,
+    delta,
+    deltas,
+    refused,
+    save,
+)
+from checkpoint_folders import changing, configure, save_moe
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from peftkern.tools.adapters import AdapterError, from_model, read_adapter
+from peftkern.tools.adapters import from_model, read_adapter
 from peftkern.tools.adapters.convert.run import convert_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LAYOUTS = ("peft-old-moe", "per-expert", "grouped", "mlx")
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
 
 def same_files(one, other) -> None:
@@ -27,12 +39,6 @@ def same_files(one, other) -> None:
     assert mine.keys() == theirs.keys()
     for name, tensor in mine.items():
         assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
-
-
-def check(adapter, wanted) -> None:
-    assert adapter.updates.keys() == wanted.keys()
-    for key, theirs in wanted.items():
-        torch.testing.assert_close(delta(adapter.updates[key], theirs).float(), theirs, **CLOSE)
 
 
 @pytest.mark.parametrize("case", ["experts", "experts and attention"])
@@ -44,7 +50,7 @@ def test_there_and_back(to, case, tmp_path):
     assert done.rounded == () and done.losses == {}
     convert_adapter(tmp_path / "b", tmp_path / "back", "peft")
     same_files(tmp_path / "peft", tmp_path / "back")
-    check(read_adapter(tmp_path / "back"), deltas(model))
+    assert_updates(read_adapter(tmp_path / "back"), deltas(model))
 
 
 def test_a_live_model_is_converted_as_its_file_is(tmp_path):
@@ -134,10 +140,7 @@ def test_peft_loads_experts_that_have_pairs_of_their_own(trained):
     names = load_file(folder / "b" / MODEL)
     assert all(any(f".{e}.{name}.lora_A" in key for key in names) for e in range(4)
                for name in FAMILIES[family])  # fmt: skip
-    found = load(folder, folder / "b")
-    assert found.keys() == wanted.keys()
-    for key, theirs in wanted.items():
-        torch.testing.assert_close(found[key], theirs, **CLOSE)
+    torch.testing.assert_close(load(folder, folder / "b"), wanted, **CLOSE)
     convert_adapter(folder / "a", folder / "p", "peft")
     convert_adapter(folder / "b", folder / "back", "peft")
     same_files(folder / "p", folder / "back")
@@ -164,9 +167,8 @@ def test_an_adapter_of_transformers_4_becomes_what_peft_makes_of_it(trained):
     (folder / "v4" / CONFIG).write_text(json.dumps(config))
     convert_adapter(folder / "v4", folder / "b", "peft")
     ours, theirs = load(folder, folder / "b"), load(folder, folder / "v4")
-    assert ours.keys() == theirs.keys() and len(ours) == 4
-    for key, one in theirs.items():
-        torch.testing.assert_close(ours[key], one, **CLOSE)
+    assert len(ours) == 4
+    torch.testing.assert_close(ours, theirs, **CLOSE)
     convert_adapter(folder / "b", folder / "back", "per-expert", base=folder / "base")
     back = load_file(folder / "back" / MODEL)
     for name, tensor in state.items():
@@ -193,20 +195,11 @@ def test_gate_and_up_alone_are_warned_of_which_peft_reads_as_zero(parameter, tmp
 def test_grouped_adapters_may_share_a_side(tmp_path):
     save("experts", tmp_path / "a")
     convert_adapter(tmp_path / "a", tmp_path / "b", "grouped")
-    state = load_file(tmp_path / "b" / MODEL)
     key = "base_model.model.layers.0.experts.gate_up_proj.lora_A.weight"
-    state[key] = state[key][:1].contiguous()
-    save_file(state, tmp_path / "b" / MODEL)
+    with changing(tmp_path / "b" / MODEL) as state:
+        state[key] = state[key][:1]
     shared = read_adapter(tmp_path / "b").updates["layers.0.experts.gate_up_proj"]
     assert all(torch.equal(one, state[key][0]) for one in shared.lora_A) and len(shared.lora_A) == 3
-
-
-def refused(folder, to, *words, **how) -> None:
-    with pytest.raises(AdapterError) as caught:
-        convert_adapter(folder, folder.parent / "dst", to, **how)
-    said = str(caught.value)
-    assert len(said.splitlines()) == 1 and all(word in said for word in words), said
-    assert not (folder.parent / "dst").exists()
 
 
 def test_what_is_no_layout_of_experts_is_refused(tmp_path):
@@ -229,13 +222,11 @@ def test_gate_and_up_that_alternate_have_no_projections(tmp_path):
 @pytest.mark.parametrize("named", [None, "somebody/a-tune"])
 def test_a_name_alone_tells_nothing_of_experts(named, tmp_path):
     save("experts", tmp_path / "a", is_transposed=True)
-    config = json.loads((tmp_path / "a" / CONFIG).read_text())
-    (tmp_path / "a" / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": named}))
+    configure(tmp_path / "a", CONFIG, base_model_name_or_path=named)
     for to in ("per-expert", "mlx"):
         refused(tmp_path / "a", to, "gate_up_proj", "how gate and up lie", "--base")
     base = base_of(tmp_path / "base")
-    named = {"base_model_name_or_path": str(base)}
-    (tmp_path / "a" / CONFIG).write_text(json.dumps(config | named))
+    configure(tmp_path / "a", CONFIG, base_model_name_or_path=str(base))
     for to in ("per-expert", "mlx"):
         convert_adapter(tmp_path / "a", tmp_path / to, to)
 

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import CASES, EXPERTS, INNER, base_of, deltas, save
-from checkpoint_folders import save_moe
+from adapters import CASES, CLOSE, CONFIG, EXPERTS, INNER, MODEL, base_of, deltas, refused, save
+from checkpoint_folders import configure, save_moe
 from safetensors.torch import load_file, save_file
 
-from peftkern.tools.adapters import AdapterError, read_adapter
+from peftkern.tools.adapters import read_adapter
 from peftkern.tools.adapters.convert.run import convert_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-FILE, MODEL, CONFIG = "adapters.safetensors", "adapter_model.safetensors", "adapter_config.json"
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+FILE = "adapters.safetensors"
 HELD = ("linear", "power of two", "rslora", "patterns", "dora", "embedding", "experts", "adalora")
 
 
@@ -102,15 +101,6 @@ def test_the_scale_is_of_all_modules(tmp_path):
     torch.testing.assert_close(update.lora_B @ update.lora_A, both, rtol=1e-5, atol=1e-5)
 
 
-def refused(path: Path, to: str, *words: str, **how) -> None:
-    with pytest.raises(AdapterError) as caught:
-        convert_adapter(path, path.parent / "dst", to, **how)
-    said = str(caught.value)
-    assert len(said.splitlines()) == 1 and said.isprintable(), said
-    assert not [word for word in words if word not in said], said
-    assert not (path.parent / "dst").exists()
-
-
 Q = "layers.0.q_proj"
 WRONG = {
     "no partner": ({f"{Q}.lora_b": None}, {}, (f"{Q}.lora_b",)),
@@ -161,9 +151,7 @@ def test_what_mlx_cannot_hold(tmp_path, monkeypatch):
         refused(tmp_path / case, "mlx", str(tmp_path / case), word)
     save("experts", tmp_path / "experts")
     save("parameter called weight", tmp_path / "parameter")
-    config = json.loads((tmp_path / "parameter" / CONFIG).read_text())
-    config["target_parameters"] = ["q_proj.scale"]
-    (tmp_path / "parameter" / CONFIG).write_text(json.dumps(config))
+    configure(tmp_path / "parameter", CONFIG, target_parameters=["q_proj.scale"])
     refused(tmp_path / "parameter", "mlx", "q_proj.scale", "modules alone")
     monkeypatch.setitem(CASES, "pissa", {**CASES["linear"], "init_lora_weights": "pissa"})
     save("pissa", tmp_path / "pissa")
