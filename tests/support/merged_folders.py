@@ -6,10 +6,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import transformers
-from checkpoint_folders import load_tensors
+from checkpoint_folders import config_of, contents, load_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
+from quantized_folders import convert
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -90,6 +92,21 @@ def save_adapter(
     return folder
 
 
+def save_both(
+    folder: Path, model: PreTrainedModel, *, shards: str = "1GB", **config: Any
+) -> tuple[Path, Path]:
+    """A base, and an adapter of it."""
+    base = save_base(folder / "base", model, shards=shards)
+    return base, save_adapter(folder / "adapter", model, **config)
+
+
+def save_wide(folder: Path, kind: str) -> tuple[PreTrainedModel, Path, Path]:
+    """One of WIDE_MODELS, and the folders of both."""
+    sizes, targets = WIDE_MODELS[kind]
+    model = make_model(**sizes)
+    return model, *save_both(folder, model, target_modules=targets)
+
+
 def make_mixture(family: str, **sizes: Any) -> PreTrainedModel:
     """A tiny mixture of experts, of one layer."""
     return make_model(family=family, **{**_EXPERTS, **MIXTURES[family], **sizes})
@@ -97,10 +114,8 @@ def make_mixture(family: str, **sizes: Any) -> PreTrainedModel:
 
 def mixture(folder: Path, family: str, **sizes: Any) -> tuple[Path, Path]:
     """A base, and an adapter of its experts and attention."""
-    model = make_mixture(family, **sizes)
-    base = save_base(folder / "base", model)
     config = {"target_modules": ["o_proj"], "target_parameters": STACKS}
-    return base, save_adapter(folder / "adapter", model, **config)
+    return save_both(folder, make_mixture(family, **sizes), **config)
 
 
 def load(folder: Path, **options: Any) -> PreTrainedModel:
@@ -132,3 +147,24 @@ def assert_same_tensors(got: dict[str, Tensor], expected: dict[str, Tensor]) -> 
     for name, tensor in expected.items():
         assert got[name].dtype is tensor.dtype, name
         assert torch.equal(got[name], tensor), (name, (got[name] != tensor).float().mean())
+
+
+def assert_quantized_sums(tmp_path: Path, base: Path, adapter: Path, **options: Any) -> Summary:
+    """The same files as of a dense merge that is quantized; return the summary."""
+    summary = merge(base, adapter, to=tmp_path / "out", **options)
+    merge(base, adapter, to=tmp_path / "dense", out="bf16")
+    how = {"format" if k == "out" else k: v for k, v in options.items()}
+    convert(tmp_path / "dense", tmp_path / "expected", **how)
+    assert_same_tensors(load_tensors(tmp_path / "out"), load_tensors(tmp_path / "expected"))
+    assert config_of(tmp_path / "out") == config_of(tmp_path / "expected")
+    return summary
+
+
+def refused(words: str, base: Path, *adapters: Any, **options: Any) -> None:
+    """What cannot be merged is one line, and nothing is written."""
+    out = base.parent / "out"
+    before = contents(base.parent)
+    with pytest.raises(ValueError, match=words) as caught:
+        merge(base, *adapters, to=out, **options)
+    assert "\n" not in str(caught.value)
+    assert contents(base.parent) == before and not out.exists()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from checkpoint_folders import load_tensors
 from merged_folders import (
+    STACKS,
     assert_same_tensors,
     load,
     make_model,
@@ -16,6 +17,7 @@ from merged_folders import (
     merged_by_peft,
     save_adapter,
     save_base,
+    save_both,
 )
 from peft import AdaLoraConfig, get_peft_model
 
@@ -25,7 +27,6 @@ from peftkern.tools.merge.merge import Summary
 LINEAR = ["q_proj", "v_proj", "down_proj"]
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "n_inner": 96}
 MOE = {"num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2, "head_dim": 16}
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 VIT = {"image_size": 32, "patch_size": 8}
 WHISPER = {
     **{"d_model": 64, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4},
@@ -89,7 +90,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "qwen3_moe": (
         {"family": "Qwen3Moe", **MOE},
-        {"target_modules": ["q_proj"], "target_parameters": EXPERTS},
+        {"target_modules": ["q_proj"], "target_parameters": STACKS},
     ),
     "router": (
         {"family": "Qwen3Moe", **MOE},
@@ -101,15 +102,15 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "one of two": (
         {"family": "Qwen3Moe", **MOE},
-        {"target_modules": [], "target_parameters": EXPERTS[1:]},
+        {"target_modules": [], "target_parameters": STACKS[1:]},
     ),
     "mixtral": (
         {"family": "Mixtral", "num_local_experts": 4, "head_dim": 16},
-        {"target_modules": ["q_proj"], "target_parameters": EXPERTS},
+        {"target_modules": ["q_proj"], "target_parameters": STACKS},
     ),
     "gpt_oss": (
         {"family": "GptOss", "num_local_experts": 4, "head_dim": 16},
-        {"target_modules": ["q_proj"], "target_parameters": EXPERTS},
+        {"target_modules": ["q_proj"], "target_parameters": STACKS},
     ),
 }
 
@@ -127,9 +128,7 @@ def updated_tensors(summary: Summary, updated: set[str]) -> set[str]:
 def test_bits_are_those_of_peft(tmp_path: Path, case: str) -> None:
     """Of every tensor of the checkpoint; transformers loads it."""
     sizes, config = CASES[case]
-    model = make_model(**sizes)
-    base = save_base(tmp_path / "base", model)
-    adapter = save_adapter(tmp_path / "adapter", model, **config)
+    base, adapter = save_both(tmp_path, make_model(**sizes), **config)
     expected = merged_by_peft(base, adapter, tmp_path / "peft")
     summary = merge(base, adapter, to=tmp_path / "out")
     got = load_tensors(tmp_path / "out")

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import config_of, contents, load_tensors
+from checkpoint_folders import config_of, load_tensors
 from merged_folders import (
     MIXTURES,
     STACKS,
     WIDE_MODELS,
+    assert_quantized_sums,
     assert_same_tensors,
     load,
     make_mixture,
@@ -20,8 +21,10 @@ from merged_folders import (
     merge,
     merged_by_peft,
     mixture,
-    save_adapter,
+    refused,
     save_base,
+    save_both,
+    save_wide,
 )
 from quantized_folders import convert
 from torch import Tensor
@@ -56,25 +59,11 @@ def survival(weight: Tensor, total: Tensor, alone: Any, stored: Any) -> float:
     return ((kept * update).sum() / update.square().sum()).item()
 
 
-def assert_quantized_sums(tmp_path: Path, base: Path, adapter: Path, out: str) -> Any:
-    """The same files as of two steps; return the summary of the one."""
-    summary = merge(base, adapter, to=tmp_path / "out", out=out)
-    merge(base, adapter, to=tmp_path / "dense")
-    convert(tmp_path / "dense", tmp_path / "expected", format=out)
-    got, expected = tmp_path / "out", tmp_path / "expected"
-    assert_same_tensors(load_tensors(got), load_tensors(expected))
-    assert config_of(got) == config_of(expected)
-    return summary
-
-
 @pytest.mark.parametrize("out", [name for name in QUANTIZE if name != "nf4"])
 @pytest.mark.parametrize("kind", WIDE_MODELS)
 def test_output_is_that_of_quantizing_the_merged_checkpoint(tmp_path, kind, out) -> None:
-    sizes, targets = WIDE_MODELS[kind]
-    model = make_model(**sizes)
-    base = save_base(tmp_path / "base", model)
-    adapter = save_adapter(tmp_path / "adapter", model, target_modules=targets)
-    summary = assert_quantized_sums(tmp_path, base, adapter, out)
+    _, base, adapter = save_wide(tmp_path, kind)
+    summary = assert_quantized_sums(tmp_path, base, adapter, out=out)
     loaded = load(tmp_path / "out")
     before, sums = load_tensors(base), load_tensors(tmp_path / "dense")
     for module in read_adapter(adapter).updates:
@@ -92,10 +81,7 @@ def test_output_is_that_of_quantizing_the_merged_checkpoint(tmp_path, kind, out)
 @pytest.mark.parametrize("kind", WIDE_MODELS)
 def test_adapter_trained_on_the_base_in_4_bits(tmp_path: Path, kind: str, trained: str) -> None:
     """PEFT merges it into the values that the base had then."""
-    sizes, targets = WIDE_MODELS[kind]
-    model = make_model(**sizes)
-    base = save_base(tmp_path / "base", model)
-    adapter = save_adapter(tmp_path / "adapter", model, target_modules=targets)
+    model, base, adapter = save_wide(tmp_path, kind)
     merge(base, adapter, to=tmp_path / "out", as_trained=trained)
     for layer in linear_layers(model).values():
         rounded = peftkern.dequantize(QUANTIZE[trained](as_linear(kind, layer.weight.detach())))
@@ -108,7 +94,7 @@ def test_adapter_trained_on_the_base_in_4_bits(tmp_path: Path, kind: str, traine
 @pytest.mark.parametrize("family", MIXTURES)
 def test_experts_in_nf4(tmp_path: Path, family: str) -> None:
     """One by one or fused in the base: each as `quantize_` would."""
-    summary = assert_quantized_sums(tmp_path, *mixture(tmp_path, family), "nf4")
+    summary = assert_quantized_sums(tmp_path, *mixture(tmp_path, family), out="nf4")
     stacks = {f"model.layers.0.{name}" for name in STACKS}
     assert stacks <= summary.changes.keys()
     assert all(0.5 < summary.changes[name].survival < 1.5 for name in stacks)
@@ -117,7 +103,7 @@ def test_experts_in_nf4(tmp_path: Path, family: str) -> None:
 def test_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
     """As OpenAI ships it: experts alone, whose rows lie along the inputs."""
     base, adapter = mixture(tmp_path, "GptOss")
-    summary = assert_quantized_sums(tmp_path, base, adapter, "mxfp4")
+    summary = assert_quantized_sums(tmp_path, base, adapter, out="mxfp4")
     before, sums = load_tensors(base), load_tensors(tmp_path / "dense")
     for name in (f"model.layers.0.{name}" for name in STACKS):
         weight, total = (tensors[name].mT.contiguous() for tensors in (before, sums))
@@ -146,9 +132,8 @@ def test_trained_on_gpt_oss_in_mxfp4(tmp_path: Path) -> None:
 
 def test_model_with_experts_in_nf4_loads(tmp_path: Path) -> None:
     """From shards, of which one holds experts that begin in another one."""
-    model = make_mixture("Qwen3Moe")
-    base = save_base(tmp_path / "base", model, shards="20KB")
-    adapter = save_adapter(tmp_path / "adapter", model, target_parameters=STACKS, target_modules=[])
+    config = {"target_parameters": STACKS, "target_modules": []}
+    base, adapter = save_both(tmp_path, make_mixture("Qwen3Moe"), shards="20KB", **config)
     merge(base, adapter, to=tmp_path / "out", out="nf4")
     merged = load(tmp_path / "out").model.layers[0].mlp.experts
     expected = merged_by_peft(base, adapter, tmp_path / "peft")
@@ -170,19 +155,18 @@ def test_model_with_experts_in_nf4_loads(tmp_path: Path) -> None:
     ],
 )
 def test_experts_that_cannot_be_written(tmp_path: Path, family, sizes, options, words) -> None:
-    base, adapter = mixture(tmp_path, family, **sizes)
-    before = contents(tmp_path)
-    with pytest.raises(CheckpointError, match=words) as caught:
-        merge(base, adapter, to=tmp_path / "out", **options)
-    assert "\n" not in str(caught.value)
-    assert contents(tmp_path) == before and not (tmp_path / "out").exists()
+    refused(words, *mixture(tmp_path, family, **sizes), **options)
 
 
-def test_layers_whose_rows_are_no_whole_blocks_stay_dense(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", ["dense", "nf4"])
+def test_layers_whose_rows_are_no_whole_blocks_are_dense(tmp_path: Path, stored: str) -> None:
+    """As they are in the base, or decoded."""
     model = make_model(num_hidden_layers=1, intermediate_size=72)
-    base = save_base(tmp_path / "base", model)
-    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj", "down_proj"])
-    summary = assert_quantized_sums(tmp_path, base, adapter, "mxfp4")
+    base, adapter = save_both(tmp_path, model, target_modules=["q_proj", "down_proj"])
+    if stored == "nf4":
+        convert(base, tmp_path / "stored")
+        base = tmp_path / "stored"
+    summary = assert_quantized_sums(tmp_path, base, adapter, out="mxfp4")
     assert summary.plan.unfit == ("model.layers.0.mlp.down_proj",)
 
 
@@ -192,10 +176,7 @@ def test_layers_whose_rows_are_no_whole_blocks_stay_dense(tmp_path: Path) -> Non
 )
 def test_base_in_4_bits(tmp_path: Path, kind: str, stored: str) -> None:
     """Dense, the sums with what is decoded; else quantized again, in the format of the base."""
-    sizes, targets = WIDE_MODELS[kind]
-    model = make_model(**sizes)
-    base = save_base(tmp_path / "base", model)
-    adapter = save_adapter(tmp_path / "adapter", model, target_modules=targets)
+    model, base, adapter = save_wide(tmp_path, kind)
     convert(base, tmp_path / "stored", format=stored, double_quant=False)
     for layer in linear_layers(model).values():
         rounded = peftkern.dequantize(QUANTIZE[stored](as_linear(kind, layer.weight.detach())))
@@ -226,14 +207,8 @@ def test_base_in_4_bits(tmp_path: Path, kind: str, stored: str) -> None:
 
 
 def test_blocks_of_another_size(tmp_path: Path) -> None:
-    model = make_model(num_hidden_layers=1)
-    base = save_base(tmp_path / "base", model)
-    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj"])
-    merge(base, adapter, to=tmp_path / "out", out="int4", blocksize=32)
-    merge(base, adapter, to=tmp_path / "dense")
-    convert(tmp_path / "dense", tmp_path / "expected", format="int4", blocksize=32)
-    assert_same_tensors(load_tensors(tmp_path / "out"), load_tensors(tmp_path / "expected"))
-    assert config_of(tmp_path / "out") == config_of(tmp_path / "expected")
+    base, adapter = save_both(tmp_path, make_model(num_hidden_layers=1), target_modules=["q_proj"])
+    assert_quantized_sums(tmp_path, base, adapter, out="int4", blocksize=32)
     for options, words in (
         ({"out": "int4", "blocksize": 48}, "^blocksize: expected one of"),
         ({"out": "bf16", "blocksize": 64}, "^blocksize: has no effect on an output that is bf16"),
@@ -270,8 +245,7 @@ def test_experts_that_were_in_nf4_in_training(tmp_path: Path, family: str) -> No
 
 def test_residual_adapter_of_another_format(tmp_path: Path) -> None:
     model = make_model(num_hidden_layers=1)
-    base = save_base(tmp_path / "base", model)
-    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj"])
+    base, adapter = save_both(tmp_path, model, target_modules=["q_proj"])
     merge(base, adapter, to=tmp_path / "out", out="mxfp4", residual=4)
     merge(base, adapter, to=tmp_path / "dense")
     sums = load_tensors(tmp_path / "dense")

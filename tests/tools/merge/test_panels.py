@@ -8,12 +8,14 @@ import pytest
 import torch
 from checkpoint_folders import contents, load_tensors, save_tensors
 from merged_folders import (
+    STACKS,
     assert_same_tensors,
     make_model,
     merge,
     merged_by_peft,
     save_adapter,
     save_base,
+    save_both,
 )
 from peak_memory import growth
 
@@ -26,16 +28,15 @@ from peftkern.tools.merge.plan import Unit
 
 GPT2 = {"family": "GPT2", "head": "LMHeadModel", "n_embd": 64, "n_layer": 2, "n_head": 4}
 MOE = {"family": "Qwen3Moe", "num_experts": 4, "moe_intermediate_size": 64, "head_dim": 16}
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 LAYERS = ["q_proj", "down_proj", "embed_tokens"]
 CUT = {
     "linear": ({}, {"target_modules": LAYERS}),
     "dora": ({}, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
     "Conv1D": (GPT2, {"target_modules": ["c_attn", "c_proj"]}),
-    "experts": (MOE, {"target_modules": [], "target_parameters": EXPERTS}),
+    "experts": (MOE, {"target_modules": [], "target_parameters": STACKS}),
     "stacks": (
         {"family": "GptOss", "num_local_experts": 4, "head_dim": 16},
-        {"target_modules": [], "target_parameters": EXPERTS},
+        {"target_modules": [], "target_parameters": STACKS},
     ),
 }
 
@@ -43,9 +44,7 @@ CUT = {
 @pytest.mark.parametrize("case", CUT)
 def test_small_panels_have_the_bits_of_the_whole(tmp_path: Path, monkeypatch, case: str) -> None:
     sizes, config = CUT[case]
-    model = make_model(**sizes)
-    base = save_base(tmp_path / "base", model)
-    adapter = save_adapter(tmp_path / "adapter", model, **config)
+    base, adapter = save_both(tmp_path, make_model(**sizes), **config)
     monkeypatch.setattr(tensors, "_PANEL", 1 << 10)  # 16 rows of 64
     merge(base, adapter, to=tmp_path / "out")
     expected = merged_by_peft(base, adapter, tmp_path / "peft")
@@ -58,8 +57,7 @@ def test_layers_of_many_panels(tmp_path: Path, rank: int) -> None:
     model = make_model(
         hidden_size=512, intermediate_size=1400, num_hidden_layers=1, vocab_size=1000
     )
-    base = save_base(tmp_path / "base", model)
-    adapter = save_adapter(tmp_path / "adapter", model, target_modules=LAYERS, r=rank)
+    base, adapter = save_both(tmp_path, model, target_modules=LAYERS, r=rank)
     expected = merged_by_peft(base, adapter, tmp_path / "peft")
     before = torch.get_num_threads()
     for threads in (1, 3):
@@ -105,11 +103,8 @@ def test_no_panel_has_few_rows(monkeypatch, rows: int) -> None:
 
 def test_total_counts_all_merged_values(tmp_path: Path, monkeypatch) -> None:
     """Of a layer of which one panel in many is compared as much as of a small one."""
-    sizes = {"intermediate_size": 2048, "num_hidden_layers": 1}
-    model = make_model(**sizes)
-    base = save_base(tmp_path / "base", model)
-    config = {"target_modules": ["q_proj", "up_proj"]}
-    adapter = save_adapter(tmp_path / "adapter", model, **config)
+    model = make_model(intermediate_size=2048, num_hidden_layers=1)
+    base, adapter = save_both(tmp_path, model, target_modules=["q_proj", "up_proj"])
     expected = merge(base, adapter, to=tmp_path / "whole").total
     assert expected.values == expected.merged == (64 + 2048) * 64
     monkeypatch.setattr(tensors, "_PANEL", 1 << 10)

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import contents, load_tensors
-from merged_folders import make_model, merge, save_adapter, save_base
-from safetensors.torch import load_file, save_file
+from checkpoint_folders import changing, configure, load_tensors
+from merged_folders import make_model, merge, mixture, refused, save_adapter, save_base, save_both
+from safetensors.torch import save_file
 from torch import Tensor
 
 from peftkern.tools.merge import placement
@@ -21,29 +21,15 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj"
 LAYERS = {"target_modules": ["q_proj", "down_proj"]}
 
 
-def refused(words: str, base: Path, *adapters: Any, **options: Any) -> None:
-    out = base.parent / "out"
-    before = contents(base.parent)
-    with pytest.raises(ValueError, match=words) as caught:
-        merge(base, *adapters, to=out, **options)
-    assert "\n" not in str(caught.value)
-    assert contents(base.parent) == before and not out.exists()
-
-
 def folders(tmp_path: Path, config: dict[str, Any] = LAYERS, **sizes: Any) -> tuple[Path, Path]:
-    model = make_model(**sizes)
-    base = save_base(tmp_path / "base", model)
-    return base, save_adapter(tmp_path / "adapter", model, **config)
+    return save_both(tmp_path, make_model(**sizes), **config)
 
 
 def edit(adapter: Path, change: Callable[[dict[str, Tensor]], Any], **config: Any) -> None:
     """Change the tensors and the config of an adapter."""
-    path = adapter / "adapter_model.safetensors"
-    tensors = load_file(path)
-    change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
-    settings = json.loads((adapter / "adapter_config.json").read_text())
-    (adapter / "adapter_config.json").write_text(json.dumps({**settings, **config}))
+    with changing(adapter / "adapter_model.safetensors") as tensors:
+        change(tensors)
+    configure(adapter, "adapter_config.json", **config)
 
 
 def renamed(old: str, new: str) -> Callable[[dict[str, Tensor]], None]:
@@ -149,12 +135,10 @@ def test_a_name_that_is_no_path_belongs_to_no_base(tmp_path: Path) -> None:
 def test_weight_that_is_no_float(tmp_path: Path) -> None:
     """Its scale may be anywhere; where no adapter changes it, it stays."""
     base, adapter = folders(tmp_path)
-    path = base / "model.safetensors"
-    tensors = load_file(path)
     for name, merged in (("mlp.gate_proj", False), ("self_attn.q_proj", True)):
         name = f"model.layers.1.{name}.weight"
-        tensors[name] = tensors[name].mul(100).to(torch.int8)
-        save_file(tensors, path, metadata={"format": "pt"})
+        with changing(base / "model.safetensors") as tensors:
+            tensors[name] = tensors[name].mul(100).to(torch.int8)
         if merged:
             refused(f"{name}: expected floating point to merge into, got torch.int8", base, adapter)
         else:
@@ -188,20 +172,17 @@ def test_update_whose_square_float32_does_not_hold(tmp_path: Path) -> None:
 def test_value_that_another_dtype_does_not_hold(tmp_path: Path, name: str) -> None:
     """Of a tensor that no adapter changes: a matrix, and a vector."""
     base, adapter = folders(tmp_path)
-    path, name = base / "model.safetensors", f"model.layers.1.{name}"
-    tensors = load_file(path)
-    tensors[name].view(-1)[3] = 1e5
-    save_file(tensors, path, metadata={"format": "pt"})
+    name = f"model.layers.1.{name}"
+    with changing(base / "model.safetensors") as tensors:
+        tensors[name].view(-1)[3] = 1e5
     refused(f"{name}: holds NaN or infinity", base, adapter, out="fp16")
     merge(base, adapter, to=tmp_path / "out", out="fp32")
 
 
 def test_base_that_is_not_finite(tmp_path: Path) -> None:
     base, adapter = folders(tmp_path)
-    path = base / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("inf")
-    save_file(tensors, path, metadata={"format": "pt"})
+    with changing(base / "model.safetensors") as tensors:
+        tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = float("inf")
     refused(r"layers\.1\.mlp\.down_proj\.weight: holds NaN or infinity", base, adapter)
 
 
@@ -258,23 +239,17 @@ def test_convolution_with_groups(tmp_path: Path) -> None:
 )
 def test_base_that_is_quantized_otherwise(tmp_path: Path, config: Any, words: str) -> None:
     base, adapter = folders(tmp_path)
-    settings = json.loads((base / "config.json").read_text())
-    settings["quantization_config"] = config
-    (base / "config.json").write_text(json.dumps(settings))
+    configure(base, quantization_config=config)
     refused(words, base, adapter)
 
 
 def test_parameter_that_loading_puts_together_otherwise(tmp_path: Path, monkeypatch) -> None:
-    experts = ["mlp.experts.gate_up_proj"]
-    sizes = {"family": "Qwen3Moe", "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16}
-    base, adapter = folders(tmp_path, {"target_modules": [], "target_parameters": experts}, **sizes)
+    base, adapter = mixture(tmp_path, "Qwen3Moe")
     with monkeypatch.context() as patch:
         patch.setattr(placement, "_concatenates", lambda converter: False)
         refused("transformers puts it together from other tensors", base, adapter)
-    path = base / "model.safetensors"
-    tensors = load_tensors(base)
-    del tensors["model.layers.1.mlp.experts.2.up_proj.weight"]
-    save_file(tensors, path, metadata={"format": "pt"})
+    with changing(base / "model.safetensors") as tensors:
+        del tensors["model.layers.0.mlp.experts.2.up_proj.weight"]
     refused(
         "2 tensors of each of 4 experts, numbered from 0, got 7, expert 2 is not whole",
         base,
@@ -285,15 +260,11 @@ def test_parameter_that_loading_puts_together_otherwise(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(("number", "instead"), [("99", True), ("4", False), ("03", False)])
 def test_experts_that_are_numbered_otherwise(tmp_path: Path, number: str, instead: bool) -> None:
     """In the place of the last of four, or as a fifth."""
-    experts = ["mlp.experts.gate_up_proj"]
-    sizes = {"family": "Qwen3Moe", "num_experts": 4, "moe_intermediate_size": 32, "head_dim": 16}
-    base, adapter = folders(tmp_path, {"target_modules": [], "target_parameters": experts}, **sizes)
-    path = base / "model.safetensors"
-    tensors = load_file(path)
-    for name in [name for name in tensors if ".experts.3." in name]:
-        other = name.replace(".experts.3.", f".experts.{number}.")
-        tensors[other] = tensors.pop(name) if instead else tensors[name].clone()
-    save_file(tensors, path, metadata={"format": "pt"})
+    base, adapter = mixture(tmp_path, "Qwen3Moe")
+    with changing(base / "model.safetensors") as tensors:
+        for name in [name for name in tensors if ".experts.3." in name]:
+            other = name.replace(".experts.3.", f".experts.{number}.")
+            tensors[other] = tensors.pop(name) if instead else tensors[name].clone()
     refused("tensors of each of 4 experts, numbered from 0, got ", base, adapter)
 
 

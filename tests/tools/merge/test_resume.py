@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from checkpoint_folders import contents
-from merged_folders import make_model, merge, save_adapter, save_base
+from merged_folders import make_model, merge, save_adapter, save_both
 from processes import killed
 
 from peftkern.tools.adapters import read_adapter
@@ -30,11 +30,11 @@ EVENTS = ("pwrite", "copy_file_range", "replace", "fsync", "ftruncate", "unlink"
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
     """A base of three shards, with a file beside them, and an adapter."""
-    model = make_model(num_hidden_layers=1)
-    base = save_base(tmp_path / "base", model, shards="40KB")
-    (base / "tokenizer.json").write_text("{}")
     config = {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"]}
-    return base, save_adapter(tmp_path / "adapter", model, **config)
+    model = make_model(num_hidden_layers=1)
+    base, adapter = save_both(tmp_path, model, shards="40KB", **config)
+    (base / "tokenizer.json").write_text("{}")
+    return base, adapter
 
 
 def killed_at(number: int, run: Callable[[], Any]) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import bitsandbytes as bnb
 import pytest
 import torch
-from checkpoint_folders import LLAMA, save_llama
+from checkpoint_folders import LLAMA, configure, save_llama
 from quantized_folders import convert
 from tolerances import ABSMAX_CODE_BIN, ABSMAX_CODE_MISMATCH, DYNAMIC_MAP_RTOL, NF4_MAX_HALF_GAP
 from torch import nn
@@ -201,7 +200,6 @@ def test_other_models(tmp_path, kind):
 )
 def test_config_or_names_to_skip_that_do_not_fit(tmp_path, change, words):
     source, skip = save_llama(tmp_path / "src"), [change["skip"]] if "skip" in change else []
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, **change}))
+    configure(source, **change)
     with pytest.raises(CheckpointError, match=words):
         find_weights(read_checkpoint(source), skip=skip)
