@@ -10,13 +10,12 @@ import adapters as cases
 import pytest
 import torch
 from checkpoint_folders import save_llama
-from command_line import refused
+from command_line import refused, told, told_json
 from peft import PeftModel
 from tolerances import SVD_RECONSTRUCTION
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from peftkern.cli import main
 from peftkern.methods.low_rank_algebra import Loss
 from peftkern.tools.adapters import losses
 
@@ -31,15 +30,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def run(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    capsys.readouterr()
-    assert main(["adapter", *map(str, arguments)]) == 0
-    return capsys.readouterr().out
-
-
 def loaded(path: Path) -> dict[str, Tensor]:
-    torch.manual_seed(0)
-    return cases.deltas(PeftModel.from_pretrained(cases.Tiny(), path))
+    return cases.deltas(cases.load(path))
 
 
 def total() -> dict[str, Tensor]:
@@ -87,9 +79,9 @@ def test_no_adapter_is_written_over_a_source(folder, capfd, words, force):
 
 
 def test_resize(folder, capsys):
-    out = run(capsys, "resize", "one", "small", "--energy", 0.7, "--rank", 2)
+    out = told(capsys, "adapter", "resize", "one", "small", "--energy", 0.7, "--rank", 2)
     assert "small: written" in out and max(map(len, out.splitlines())) <= 80
-    record = json.loads(run(capsys, "resize", "one", "again", "--energy", 0.7, "--json"))
+    record = told_json(capsys, "adapter", "resize", "one", "again", "--energy", 0.7)
     before, after = loaded(folder / "one"), loaded(folder / "again")
     for name, delta in before.items():
         sigma = torch.linalg.svdvals(delta.double()).square()
@@ -104,26 +96,26 @@ def test_resize(folder, capsys):
 
 def test_what_a_table_leaves_out_of_dora_is_said(folder, capsys):
     said = "DoRA: the table is of scaling * B A alone"
-    out = run(capsys, "resize", "dora", "small", "--rank", 2)
+    out = told(capsys, "adapter", "resize", "dora", "small", "--rank", 2)
     assert out.count(said) == 1 and max(map(len, out.splitlines())) <= 80
-    assert said not in run(capsys, "resize", "one", "other", "--rank", 2)
-    json.loads(run(capsys, "resize", "dora", "again", "--rank", 2, "--json"))
+    assert said not in told(capsys, "adapter", "resize", "one", "other", "--rank", 2)
+    told_json(capsys, "adapter", "resize", "dora", "again", "--rank", 2)
 
 
 def test_every_rule_and_dtype(folder, capsys):
     rules = {"rank": 1, "ratio": 3, "sum": 0.5, "fro": 0.9, "budget-bytes": "1KB",
              "average-rank": 2}  # fmt: skip
     for number, (rule, value) in enumerate(rules.items()):
-        run(capsys, "resize", "one", number, f"--{rule}", value, "--dtype", "bf16")
+        told(capsys, "adapter", "resize", "one", number, f"--{rule}", value, "--dtype", "bf16")
         size = sum(t.numel() for t in loaded(folder / str(number)).values())
         assert size and (folder / str(number) / "adapter_model.safetensors").exists()
 
 
 def test_combine(folder, capsys):
-    out = run(capsys, "combine", "one:0.7", "two:-1", "both", "--cat", "--per-layer")
+    out = told(capsys, "adapter", "combine", "one:0.7", "two:-1", "both", "--cat", "--per-layer")
     assert "layers.1.q_proj" in out and max(map(len, out.splitlines())) <= 80
     assert_near(loaded(folder / "both"), total())
-    record = json.loads(run(capsys, "combine", "one:0.7", "two:-1", "svd", "--rank", 2, "--json"))
+    record = told_json(capsys, "adapter", "combine", "one:0.7", "two:-1", "svd", "--rank", 2)
     after = loaded(folder / "svd")
     for name, delta in total().items():
         error = ((after[name] - delta).norm() / delta.norm()).item()
@@ -132,7 +124,7 @@ def test_combine(folder, capsys):
         ("--ties", 0.5), ("--dare", 0.5, "--seed", 4), ("--prune", 1.0, "--rank", 12),
         ("--ties", 0.5, "--dare", 0.5),
     ]):  # fmt: skip
-        run(capsys, "combine", "one:0.7", "two:-1", number, *options)
+        told(capsys, "adapter", "combine", "one:0.7", "two:-1", number, *options)
     assert_near(loaded(folder / "2"), total())  # all elements and all ranks: the sum itself
 
 
@@ -144,7 +136,7 @@ def test_energy_that_no_number_holds_is_null():
 
 def test_a_colon_in_a_name(folder, capsys):
     (folder / "one").rename(folder / "a:2")
-    run(capsys, "combine", "a:2", "a:2:0.5", "out", "--cat")
+    told(capsys, "adapter", "combine", "a:2", "a:2:0.5", "out", "--cat")
     assert_near(loaded(folder / "out"), {n: 1.5 * d for n, d in loaded(folder / "a:2").items()})
 
 
@@ -156,9 +148,9 @@ def test_extract(folder, capsys):
             layer.mlp.up_proj.weight += 0.1 * torch.randn(96, 3) @ torch.randn(3, 64)
             layer.input_layernorm.weight += 1
     model.save_pretrained(folder / "tuned")
-    out = run(capsys, "extract", "base", "tuned", "found")
+    out = told(capsys, "adapter", "extract", "base", "tuned", "found")
     assert "carried whole: 2 other tensors" in out and max(map(len, out.splitlines())) <= 80
-    record = json.loads(run(capsys, "extract", "base", "tuned", "less", "--rank", 2, "--json"))
+    record = told_json(capsys, "adapter", "extract", "base", "tuned", "less", "--rank", 2)
     for name, lost in record["updates"].items():
         assert name.endswith("up_proj") and lost["kept"] == 2 and lost["change"] > 0.01
     assert len(record["carried"]) == 2

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from adapters import base_of, make, save
-from command_line import refused, run_main
+from adapters import CONFIG, MODEL, base_of, make, save
+from checkpoint_folders import configure
+from command_line import refused, told, told_json
 from safetensors.torch import load_file, save_file
 
-from peftkern.cli import main
-
 pytestmark = pytest.mark.filterwarnings("ignore")
-MODEL = "adapter_model.safetensors"
-
-
-def told(capfd, *arguments: object) -> str:
-    capfd.readouterr()
-    assert main(["adapter", "convert", *map(str, arguments)]) == 0
-    out, error = capfd.readouterr()
-    assert error == ""
-    return out
+CONVERT = ("adapter", "convert")
 
 
 def test_an_adapter_is_converted_and_described(tmp_path, capfd):
     save("experts", tmp_path / "a")
-    folders = str(tmp_path / "a"), str(tmp_path / "b")
-    done = run_main(capfd, "adapter", "convert", *folders, "--to", "grouped")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+    lines = told(capfd, *CONVERT, tmp_path / "a", tmp_path / "b", "--to", "grouped").splitlines()
     assert lines[0] == "4 updates, from PEFT's names to grouped"
     assert lines[1].startswith("experts in layout peft: ")
     assert lines[2:] == [
@@ -41,7 +27,7 @@ def test_an_adapter_is_converted_and_described(tmp_path, capfd):
 
 def test_the_same_as_json(tmp_path, capfd):
     save("power of two", tmp_path / "a")
-    found = json.loads(told(capfd, tmp_path / "a", tmp_path / "b", "--to", "mlx", "--json"))
+    found = told_json(capfd, *CONVERT, tmp_path / "a", tmp_path / "b", "--to", "mlx")
     assert found["layout"] == "PEFT" and found["to"] == "mlx" and found["modules"] == 4
     assert found["rounded"] == [] and found["losses"] == {} and found["lost"] == 0
 
@@ -53,18 +39,18 @@ def test_what_dora_loses_is_told(tmp_path, capfd):
     (tmp_path / "base" / "config.json").write_text("{}")
     save_file(state, tmp_path / "base" / "model.safetensors")
     options = ["--to", "lora", "--base", tmp_path / "base", "--rank", 2]
-    lines = told(capfd, tmp_path / "a", tmp_path / "b", *options).splitlines()
+    lines = told(capfd, *CONVERT, tmp_path / "a", tmp_path / "b", *options).splitlines()
     assert lines[0] == "4 updates, from PEFT's names to lora"
     losses = [line for line in lines if ": the best update of rank 2 leaves " in line]
     assert len(losses) == 4 and lines[-1] == f"{tmp_path / 'b'}: written"
-    found = json.loads(told(capfd, tmp_path / "a", tmp_path / "c", *options, "--json"))
+    found = told_json(capfd, *CONVERT, tmp_path / "a", tmp_path / "c", *options)
     shares = [loss["relative"] for loss in found["losses"].values()]
     assert max(shares) < 1 and min(shares) <= found["lost"] <= max(shares)
 
 
 def test_unusable_requests_are_one_line_and_leave_nothing(tmp_path, capfd):
     save("linear", tmp_path / "a")
-    asked = "adapter", "convert", tmp_path / "a", tmp_path / "b", "--to"
+    asked = *CONVERT, tmp_path / "a", tmp_path / "b", "--to"
     refused(capfd, "--to: expected one of peft, peft-old-moe", *asked, "gguf")
     refused(capfd, "has no experts", *asked, "per-expert")
     refused(capfd, "--component: expected what", *asked, "kohya")
@@ -82,12 +68,12 @@ def test_unusable_requests_are_one_line_and_leave_nothing(tmp_path, capfd):
 def test_an_adapter_that_is_there_is_replaced_on_demand(tmp_path, capfd):
     save("experts", tmp_path / "a")
     base = base_of(tmp_path / "base")
-    told(capfd, tmp_path / "a", tmp_path / "b", "--to", "mlx", "--base", base)
+    told(capfd, *CONVERT, tmp_path / "a", tmp_path / "b", "--to", "mlx", "--base", base)
     again = tmp_path / "a", tmp_path / "b", "--to", "peft"
-    refused(capfd, "expected a new or empty folder", "adapter", "convert", *again)
+    refused(capfd, "expected a new or empty folder", *CONVERT, *again)
     (tmp_path / "b" / "README.md").write_text("mine")
-    told(capfd, *again, "--force")
-    names = ["README.md", "adapter_config.json", MODEL]
+    told(capfd, *CONVERT, *again, "--force")
+    names = ["README.md", CONFIG, MODEL]
     assert sorted(path.name for path in (tmp_path / "b").iterdir()) == names
     assert all(
         tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "b" / MODEL).values()
@@ -96,13 +82,11 @@ def test_an_adapter_that_is_there_is_replaced_on_demand(tmp_path, capfd):
 
 def test_a_layout_that_nothing_tells_is_asked_for(tmp_path, capfd):
     save("experts", tmp_path / "a")
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = "unsloth/some-model"
-    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    configure(tmp_path / "a", CONFIG, base_model_name_or_path="unsloth/some-model")
     asked = tmp_path / "a", tmp_path / "b", "--to", "grouped"
-    refused(capfd, "layout peft or unsloth", "adapter", "convert", *asked)
-    told(capfd, *asked, "--from-layout", "unsloth")
-    told(capfd, *asked[:1], tmp_path / "c", *asked[2:], "--layout", "peft")
+    refused(capfd, "layout peft or unsloth", *CONVERT, *asked)
+    told(capfd, *CONVERT, *asked, "--from-layout", "unsloth")
+    told(capfd, *CONVERT, *asked[:1], tmp_path / "c", *asked[2:], "--layout", "peft")
     one, other = (load_file(tmp_path / name / MODEL) for name in "bc")
     assert {k for k in one if not torch.equal(one[k], other[k])} == {
         f"base_model.model.layers.{layer}.experts.{name}_proj.lora_B.weight"

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import config_of, load_tensors, save_characters
-from command_line import refused
+from checkpoint_folders import config_of, configure, load_tensors, save_characters
+from command_line import refused, told, told_json
 from decoded_folders import decode, dense_values, mixture_in_4_bits
 from merged_folders import (
     assert_same_tensors,
@@ -25,21 +24,9 @@ from peft import PeftModel
 from quantized_folders import convert
 from torch import Tensor
 
-from peftkern.cli import main
-
 NAMES = ["o_proj", "experts.gate_up_proj", "experts.down_proj"]
 TARGETS = [word for name in NAMES for word in ("--target", name)]
 KINDS = [("Qwen3Moe", "nf4"), ("GptOss", "nf4"), ("GptOss", "mxfp4")]
-
-
-def run(*arguments: Any) -> int:
-    return main([*map(str, arguments)])
-
-
-def printed(capsys: pytest.CaptureFixture, *arguments: Any) -> dict[str, Any]:
-    capsys.readouterr()
-    assert run(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
 
 
 def whole(folder: Path) -> dict[str, Tensor]:
@@ -66,7 +53,7 @@ def gpt2(tmp_path_factory) -> tuple[Path, Path]:
 def test_experts_start_as_those_of_the_decoded_base(mixture, tmp_path, capsys, method):
     stored, decoded, _ = mixture
     for name, base in (("got", stored), ("expected", decoded)):
-        assert run("init", method, base, tmp_path / name, "--rank", 4, "--alpha", 6, *TARGETS) == 0
+        told(capsys, "init", method, base, tmp_path / name, "--rank", 4, "--alpha", 6, *TARGETS)
     assert_same_tensors(whole(tmp_path / "got"), whole(tmp_path / "expected"))
     assert config_of(tmp_path / "got") == config_of(tmp_path / "expected")
 
@@ -74,7 +61,7 @@ def test_experts_start_as_those_of_the_decoded_base(mixture, tmp_path, capsys, m
 def test_base_and_update_are_the_weights_in_4_bits(mixture, tmp_path, capsys):
     stored, _, _ = mixture
     dst = tmp_path / "dst"
-    assert run("init", "pissa", stored, dst, "--rank", 4, *TARGETS) == 0
+    told(capsys, "init", "pissa", stored, dst, "--rank", 4, *TARGETS)
     merged_by_peft(dst, dst / "adapter", tmp_path / "merged")
     folders = (stored, dst, tmp_path / "merged")
     expected, alone, whole = (dense_values(load(folder)) for folder in folders)
@@ -90,7 +77,7 @@ def test_base_and_update_are_the_weights_in_4_bits(mixture, tmp_path, capsys):
 def test_layers_that_are_kept_transposed(gpt2, tmp_path, capsys, method):
     stored, decoded = gpt2
     for name, base in (("got", stored), ("expected", decoded)):
-        assert run("init", method, base, tmp_path / name, "--rank", 4) == 0
+        told(capsys, "init", method, base, tmp_path / name, "--rank", 4)
     assert_same_tensors(whole(tmp_path / "got"), whole(tmp_path / "expected"))
     configs = [tmp_path / name / "adapter" / "adapter_config.json" for name in ("got", "expected")]
     got, expected = (json.loads(path.read_text()) for path in configs)
@@ -100,7 +87,7 @@ def test_layers_that_are_kept_transposed(gpt2, tmp_path, capsys, method):
 def test_ranks_are_those_of_the_decoded_base(mixture, tmp_path, capsys):
     stored, decoded, _ = mixture
     options = ["--rank", 4, "--cost", "parameters", *TARGETS]
-    got, expected = (printed(capsys, "ranks", base, *options) for base in (stored, decoded))
+    got, expected = (told_json(capsys, "ranks", base, *options) for base in (stored, decoded))
     assert got["layers"] == expected["layers"] and got["config"] == expected["config"]
     values = dense_values(load(stored))
     layers = {layer["name"]: layer for layer in got["layers"]}
@@ -113,14 +100,13 @@ def test_ranks_are_those_of_the_decoded_base(mixture, tmp_path, capsys):
 
 def test_an_adapter_is_verified(mixture, tmp_path, capfd):
     stored, decoded, adapter = mixture
-    assert run("adapter", "verify", adapter, "--base", stored) == 0
-    assert "has a weight of the right shape for all 3 updates" in capfd.readouterr().out
+    said = told(capfd, "adapter", "verify", adapter, "--base", stored)
+    assert "has a weight of the right shape for all 3 updates" in said
     family = config_of(stored)["architectures"][0].removesuffix("ForCausalLM")
     _, wrong = dense_mixture(tmp_path, family, hidden_size=128)
-    assert run("adapter", "verify", wrong, "--base", stored) == 1
-    said = capfd.readouterr().out
-    run("adapter", "verify", wrong, "--base", decoded)
-    assert "FAILED: base: " in said and said == capfd.readouterr().out
+    said = told(capfd, "adapter", "verify", wrong, "--base", stored, status=1)
+    assert "FAILED: base: " in said
+    assert said == told(capfd, "adapter", "verify", wrong, "--base", decoded, status=1)
 
 
 def test_dora_becomes_lora_by_a_base_in_4_bits(gpt2, tmp_path, capsys):
@@ -129,7 +115,7 @@ def test_dora_becomes_lora_by_a_base_in_4_bits(gpt2, tmp_path, capsys):
     adapter = save_adapter(tmp_path / "adapter", load(decoded), **targets)
     for name, base in (("got", stored), ("expected", decoded)):
         how = ("--to", "lora", "--base", base, "--rank", 8)
-        assert run("adapter", "convert", adapter, tmp_path / name, *how) == 0
+        told(capsys, "adapter", "convert", adapter, tmp_path / name, *how)
     got, expected = (load_tensors(tmp_path / name) for name in ("got", "expected"))
     assert_same_tensors(got, expected)
 
@@ -150,7 +136,7 @@ def test_an_adapter_is_extracted(gpt2, tmp_path, capsys):
     save_base(tmp_path / "tuned", model)
     options = ("--rank", 2)
     for name, base in (("got", stored), ("expected", decoded)):
-        record = printed(
+        record = told_json(
             capsys, "adapter", "extract", base, tmp_path / "tuned", tmp_path / name, *options
         )
         assert [key.rpartition(".")[2] for key in record["updates"]] == ["c_attn"]
@@ -162,8 +148,7 @@ def test_an_adapter_is_extracted(gpt2, tmp_path, capsys):
 def test_what_is_quantized_otherwise_is_no_side_of_an_extraction(gpt2, tmp_path, capfd):
     stored, decoded = gpt2
     other = shutil.copytree(decoded, tmp_path / "other")
-    quantized = {**config_of(decoded), "quantization_config": {"quant_method": "gptq"}}
-    (other / "config.json").write_text(json.dumps(quantized))
+    configure(other, quantization_config={"quant_method": "gptq"})
     for base, tuned in ((other, stored), (stored, other)):
         command = ("adapter", "extract", base, tuned, tmp_path / "dst")
         refused(capfd, "got quant_method 'gptq'", *command)
@@ -179,7 +164,7 @@ def test_texts_start_layers_of_a_base_in_4_bits(tmp_path, capsys, method, format
     convert(base, tmp_path / "stored", format=format, blocksize=32)
     texts.write_text("thequickbrownfox\njumpsoverthelazydog\n")
     options = ("--rank", 4, "--alpha", 6, "--data", texts, "--target", "q_proj")
-    record = printed(capsys, "init", method, tmp_path / "stored", tmp_path / "dst", *options)
+    record = told_json(capsys, "init", method, tmp_path / "stored", tmp_path / "dst", *options)
     assert [layer["name"] for layer in record["layers"]] == ["model.layers.0.self_attn.q_proj"]
     weights, alone = (dense_values(load(tmp_path / name)) for name in ("stored", "dst"))
     names = {name for name in weights if method == "eva" or "q_proj" not in name}
@@ -203,7 +188,7 @@ def test_texts_start_experts_in_4_bits(mixture, tmp_path, capsys):
     save_characters(stored)
     texts.write_text("thequickbrownfox\njumpsoverthelazydog\n")
     options = ("--rank", 4, "--data", texts, *TARGETS)
-    record = printed(capsys, "init", "eva", stored, tmp_path / "dst", *options)
+    record = told_json(capsys, "init", "eva", stored, tmp_path / "dst", *options)
     assert {layer["name"].rpartition("mlp.")[2] for layer in record["layers"]} > {*NAMES[1:]}
     assert_same_tensors(*(dense_values(load(one)) for one in (tmp_path / "dst", stored)))
     adapter = load_tensors(tmp_path / "dst" / "adapter")
@@ -228,7 +213,7 @@ def test_texts_start_layers_that_a_dense_model_keeps_transposed(gpt2, tmp_path, 
     stored, texts = shutil.copytree(gpt2[0], tmp_path / "stored"), tmp_path / "texts.txt"
     save_characters(stored)
     texts.write_text("thequickbrownfox\n")
-    assert run("init", "eva", stored, tmp_path / "dst", "--rank", 4, "--data", texts) == 0
+    told(capsys, "init", "eva", stored, tmp_path / "dst", "--rank", 4, "--data", texts)
     config = json.loads((tmp_path / "dst" / "adapter" / "adapter_config.json").read_text())
     assert not config["fan_in_fan_out"]
     PeftModel.from_pretrained(load(tmp_path / "dst"), tmp_path / "dst" / "adapter")

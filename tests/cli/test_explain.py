@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import json
 import resource
 
 import pytest
 import torch
-from command_line import refused, run_main
+from command_line import refused, told, told_json
 
 import peftkern
 from peftkern.backends import ops
-from peftkern.cli import main
 from peftkern.tools.doctor.sample_calls import FUNCTIONS, Sample, explain, ops_of, sample_of
 
 
 def test_says_who_serves_and_why_not_the_others(capfd):
     case = ("nf4_lora_linear", "16x4096x4096", "--device", "cpu", "--r", "64")
-    done = run_main(capfd, "explain", *case)
-    assert (done.returncode, done.stderr) == (0, "")
-    rows = [line.strip().split(maxsplit=2) for line in done.stdout.splitlines()]
+    out = told(capfd, "explain", *case)
+    rows = [line.strip().split(maxsplit=2) for line in out.splitlines()]
     assert ["nf4_lora_linear_forward", "triton", "cannot: tensors are on cpu"] in rows
     assert rows.count(["cpu", "chosen"]) == 2
-    assert "nf4_lora_linear 16x4096x4096 bf16, rank 64 fp32, on cpu" in done.stdout
-    assert "threads" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+    assert "nf4_lora_linear 16x4096x4096 bf16, rank 64 fp32, on cpu" in out
+    assert "threads" in out and max(map(len, out.splitlines())) <= 80
 
 
 def test_verdicts_have_room_in_a_narrow_terminal(capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    assert main(["explain", "nf4_lora_linear", "16x256x256", "--device", "cpu"]) == 0
-    out = capfd.readouterr().out
+    out = told(capfd, "explain", "nf4_lora_linear", "16x256x256", "--device", "cpu")
     assert max(map(len, out.splitlines())) <= 40 and "chosen" in out and "…" not in out
 
 
 def test_dora_is_explained_over_both_kinds_of_weight(capfd):
-    assert main(["explain", "dora_linear", "16x4096x4096", "--device", "cpu", "--json"]) == 0
-    answer = json.loads(capfd.readouterr().out)
+    answer = told_json(capfd, "explain", "dora_linear", "16x4096x4096", "--device", "cpu")
     rows = {(row["op"], row["backend"]): row["verdict"] for row in answer["rows"]}
     for op in ("dora_norm", "nf4_dora_norm"):
         assert rows[op, "triton"] == "cannot: tensors are on cpu"
@@ -44,8 +39,7 @@ def test_dora_is_explained_over_both_kinds_of_weight(capfd):
 
 def test_json_says_the_same(capfd):
     shape = ("lora_linear", "1x4096x4096", "--dtype", "fp64", "--mode", "no-grad")
-    assert main(["explain", *shape, "--device", "cpu", "--json"]) == 0
-    answer = json.loads(capfd.readouterr().out)
+    answer = told_json(capfd, "explain", *shape, "--device", "cpu")
     assert (answer["dtype"], answer["mode"], answer["device"]) == ("fp64", "no-grad", "cpu")
     assert [(row["op"], row["backend"], row["verdict"]) for row in answer["rows"]] == [
         ("lora_linear_forward", "triton", "cannot: tensors are on cpu"),

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import LLAMA, contents, load_tensors, save_characters, save_llama
-from command_line import refused
+from checkpoint_folders import LLAMA, changing, contents, load_tensors, save_characters, save_llama
+from command_line import refused, told, told_json
+from merged_folders import make_model, save_base
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 from peftkern.cli import main
 from peftkern.methods.initialization.factors import pissa
@@ -26,10 +27,6 @@ from peftkern.tools.initialize.starts import Starts
 from peftkern.tools.quantize import quantized_checkpoint
 
 IDS = torch.arange(12)[None]
-
-
-def run(*arguments: Any) -> int:
-    return main(["init", *map(str, arguments)])
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -54,9 +51,7 @@ def source(tmp_path_factory) -> Path:
 def test_base_and_adapter_compute_what_the_source_does(source, tmp_path, capsys, method):
     destination = tmp_path / "dst"
     options = ("--rank", 4, "--alpha", 6, "--rslora", "--shard-size", "30KB")
-    assert run(method, source, destination, *options) == 0
-    said = capsys.readouterr()
-    lines = said.out.splitlines()
+    lines = told(capsys, "init", method, source, destination, *options).splitlines()
     assert "energy kept" in lines[0] and "excess" in lines[0]
     assert sum("_proj" in line for line in lines) == 14
     assert lines[-1] == f"{destination}: written, the adapter in {destination / 'adapter'}"
@@ -80,13 +75,11 @@ def test_base_and_adapter_compute_what_the_source_does(source, tmp_path, capsys,
 @pytest.mark.parametrize("method", ["qpissa", "loftq"])
 def test_a_base_in_4_bits_is_closer_than_nf4_alone(source, tmp_path, capsys, method):
     destination = tmp_path / "dst"
-    options = ("--rank", 8, "--alpha", 16, "--no-double-quant", "--json")
-    assert run(method, source, destination, *options) == 0
-    record = json.loads(capsys.readouterr().out)
+    options = ("--rank", 8, "--alpha", 16, "--no-double-quant")
+    record = told_json(capsys, "init", method, source, destination, *options)
     assert record["method"] == method and len(record["layers"]) == 14
     nf4 = tmp_path / "nf4"
-    assert main(["quantize", str(source), str(nf4), "--no-double-quant"]) == 0
-    capsys.readouterr()
+    told(capsys, "quantize", source, nf4, "--no-double-quant")
     expected = logits(AutoModelForCausalLM.from_pretrained(source))
     plain = logits(AutoModelForCausalLM.from_pretrained(nf4).train())
     got = logits(loaded(destination).train())  # bitsandbytes repacks weights to evaluate them
@@ -95,17 +88,14 @@ def test_a_base_in_4_bits_is_closer_than_nf4_alone(source, tmp_path, capsys, met
 
 
 def test_weights_that_are_kept_transposed(tmp_path, capsys):
-    torch.manual_seed(0)
-    sizes = {"n_positions": 32, "n_embd": 64, "n_layer": 1, "n_head": 2}
-    config = GPT2Config(vocab_size=48, **sizes, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "src")
+    sizes = {"num_hidden_layers": 1, "dtype": torch.float32}
+    save_base(tmp_path / "src", make_model("GPT2", "LMHeadModel", **sizes))
     expected = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "src"))
     for method in ("pissa", "qpissa"):
         destination = tmp_path / method
-        assert run(method, tmp_path / "src", destination, "--rank", 4) == 0
+        told(capsys, "init", method, tmp_path / "src", destination, "--rank", 4)
         limit = 1e-4 if method == "pissa" else 0.3
         assert (logits(loaded(destination)) - expected).norm() <= limit * expected.norm()
-    capsys.readouterr()
 
 
 @pytest.mark.parametrize("method", ["corda", "eva", "lora_ga", "lora-ga"])
@@ -114,8 +104,8 @@ def test_texts_start_adapters(source, tmp_path, capsys, recwarn, method):
     texts.write_text("thequickbrownfox\n\nx\njumpsoverthelazydog\n")
     destination = tmp_path / "dst"
     options = ("--rank", 4, "--data", texts, "--target", "q_proj", "--target", "down_proj")
-    assert run(method, source, destination, *options) == 0
-    assert f"{method.replace('-', '_')}: " in capsys.readouterr().out
+    said = told(capsys, "init", method, source, destination, *options)
+    assert f"{method.replace('-', '_')}: " in said
     assert not [w for w in recwarn if "config file" in str(w.message)]
     expected = logits(AutoModelForCausalLM.from_pretrained(source))
     torch.testing.assert_close(logits(loaded(destination)), expected, rtol=1e-3, atol=1e-4)
@@ -139,7 +129,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_files(
     source, tmp_path, capsys, monkeypatch, owner, function, count
 ):
     options = ("--rank", 4, "--shard-size", "30KB")
-    assert run("pissa", source, tmp_path / "whole", *options) == 0
+    told(capsys, "init", "pissa", source, tmp_path / "whole", *options)
     work, calls = getattr(owner, function), itertools.count(1)
 
     def stop(*arguments: Any, **keywords: Any) -> Any:
@@ -149,13 +139,13 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_files(
 
     monkeypatch.setattr(owner, function, stop)
     destination = tmp_path / "stopped"
-    assert run("pissa", source, destination, *options) == 130
+    command = ("init", "pissa", source, destination)
+    assert main([*map(str, (*command, *options))]) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
     assert not (destination / "config.json").exists()
-    assert run("pissa", source, destination, "--rank", 5, "--shard-size", "30KB") == 2
-    assert "holds an unfinished run with rank 4, not 5" in capsys.readouterr().err
-    assert run("pissa", source, destination, *options) == 0
-    record = capsys.readouterr().out
+    complaint = "holds an unfinished run with rank 4, not 5"
+    refused(capsys, complaint, *command, "--rank", 5, "--shard-size", "30KB")
+    record = told(capsys, *command, *options)
     assert sum("_proj" in line for line in record.splitlines()) == 14
     whole, again = contents(tmp_path / "whole"), contents(destination)
     for files in (whole, again):  # which names the folder
@@ -200,41 +190,33 @@ def test_what_does_not_fit_is_one_line_and_writes_nothing(
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "short.txt").write_text("x\n")
     method, *options = arguments
-    assert run(method, source, tmp_path / "dst", *options) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and len(said.err.splitlines()) == 1
-    assert complaint in said.err
+    refused(capsys, complaint, "init", method, source, tmp_path / "dst", *options)
     assert not (tmp_path / "dst").exists()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("method", ["pissa", "olora", "loftq"])
 def test_a_weight_that_is_not_finite_is_named(tmp_path, capsys, method, value):
-    from safetensors.torch import load_file, save_file
-
     source = save_llama(tmp_path / "src", torch.float32)
-    tensors = load_file(source / "model.safetensors")
     name = "model.layers.1.mlp.down_proj.weight"
-    tensors[name][3, 5] = value
-    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-    assert run(method, source, tmp_path / "dst", "--rank", 4) == 2
-    assert f"{name}: weight: expected finite values, got NaN or Inf" in capsys.readouterr().err
+    with changing(source / "model.safetensors") as tensors:
+        tensors[name][3, 5] = value
+    complaint = f"{name}: weight: expected finite values, got NaN or Inf"
+    refused(capsys, complaint, "init", method, source, tmp_path / "dst", "--rank", 4)
     assert not (tmp_path / "dst").exists()
 
 
 @pytest.mark.parametrize("method", ["corda", "eva", "lora_ga"])
 def test_a_weight_that_is_not_finite_is_named_where_texts_run(source, tmp_path, capsys, method):
-    from safetensors.torch import load_file, save_file
-
     copied = shutil.copytree(source, tmp_path / "src")
     for path in copied.glob("*.safetensors"):
-        tensors = load_file(path)
-        for name in tensors.keys() & {"model.layers.1.mlp.down_proj.weight"}:
-            tensors[name][3, 5] = float("nan")
-        save_file(tensors, path, metadata={"format": "pt"})
+        with changing(path) as tensors:
+            for name in tensors.keys() & {"model.layers.1.mlp.down_proj.weight"}:
+                tensors[name][3, 5] = float("nan")
     (tmp_path / "texts.txt").write_text("thequickbrownfox\n")
     options = ("--rank", 4, "--data", tmp_path / "texts.txt")
-    assert run(method, copied, tmp_path / "dst", *options) == 2
+    command = ("init", method, copied, tmp_path / "dst", *options)
+    assert main([*map(str, command)]) == 2
     said = capsys.readouterr().err
     assert "layers.1.mlp.down_proj: weight: expected finite values, got NaN or Inf" in said
     assert not (tmp_path / "dst").exists()
@@ -260,22 +242,21 @@ def test_lower_precisions_of_a_training_do_not_reach_a_start(method):
 
 def test_tied_embeddings_are_refused_as_a_target(tmp_path, capsys):
     source = save_llama(tmp_path / "src", tie_word_embeddings=True)
-    assert run("pissa", source, tmp_path / "dst", "--rank", 4) == 0
-    capsys.readouterr()
-    assert run("pissa", source, tmp_path / "other", "--rank", 4, "--target", "lm_head") == 2
-    assert "lm_head" in capsys.readouterr().err
+    told(capsys, "init", "pissa", source, tmp_path / "dst", "--rank", 4)
+    command = ("init", "pissa", source, tmp_path / "other", "--rank", 4)
+    refused(capsys, "lm_head", *command, "--target", "lm_head")
     assert LLAMA["vocab_size"] == len(load_tensors(tmp_path / "dst")["model.embed_tokens.weight"])
 
 
 def test_an_adapter_is_merged_into_the_base_that_was_made_with_it_alone(source, tmp_path, capfd):
     destination = tmp_path / "dst"
-    assert run("pissa", source, destination, "--rank", 4) == 0
+    told(capfd, "init", "pissa", source, destination, "--rank", 4)
     adapter = destination / "adapter"
-    command = ("merge", str(source), str(adapter), str(tmp_path / "out"))
+    command = ("merge", source, adapter, tmp_path / "out")
     refused(capfd, f"belongs to {destination}, whose weights peftkern init changed", *command)
-    both = ("adapter", "combine", str(adapter), str(adapter), str(tmp_path / "out"))
+    both = ("adapter", "combine", adapter, adapter, tmp_path / "out")
     refused(capfd, f"--to lora --initial {adapter}", *both)
-    assert main(["merge", str(destination), str(adapter), str(tmp_path / "out")]) == 0
+    told(capfd, "merge", destination, adapter, tmp_path / "out")
     expected = logits(AutoModelForCausalLM.from_pretrained(source))
     merged = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-4)

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import contents, load_tensors, save_characters, save_moe
-from command_line import refused
+from checkpoint_folders import changing, contents, load_tensors, save_characters, save_moe
+from command_line import refused, told, told_json
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import peftkern
-from peftkern.cli import main
 from peftkern.layers.nf4_stack import NF4Stack
 from peftkern.tools.initialize.starts import Starts
 
 IDS = torch.arange(12)[None]
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 TARGETS = [word for name in ("q_proj", *EXPERTS) for word in ("--target", name)]
-
-
-def run(*arguments: Any) -> int:
-    return main(["init", *map(str, arguments)])
 
 
 def logits(model: torch.nn.Module) -> Tensor:
@@ -54,8 +47,7 @@ def source(request, tmp_path_factory) -> Path:
 def test_experts_start_as_those_of_a_model_in_memory(source, tmp_path, capsys, method):
     destination = tmp_path / "dst"
     options = ("--rank", 4, "--alpha", 6, "--shard-size", "30KB", *TARGETS)
-    assert run(method, source, destination, *options) == 0
-    said = capsys.readouterr().out
+    said = told(capsys, "init", method, source, destination, *options)
     assert f"{method}: 6 layers, energy kept " in said and "4 of " in said
     base = AutoModelForCausalLM.from_pretrained(destination)
     model = PeftModel.from_pretrained(base, destination / "adapter")
@@ -77,8 +69,7 @@ def test_texts_start_experts(source, tmp_path, capsys):
     save_characters(folder)
     texts.write_text("thequickbrownfox\njumpsoverthelazydog\n")
     options = ("--rank", 4, "--alpha", 4, "--data", texts, *TARGETS)
-    assert run("eva", folder, tmp_path / "dst", *options) == 0
-    assert "eva: " in capsys.readouterr().out
+    assert "eva: " in told(capsys, "init", "eva", folder, tmp_path / "dst", *options)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
     model = PeftModel.from_pretrained(base, tmp_path / "dst" / "adapter")
     expected = logits(AutoModelForCausalLM.from_pretrained(source))
@@ -95,9 +86,9 @@ def test_texts_start_experts(source, tmp_path, capsys):
 @pytest.mark.parametrize("method", ["qpissa", "loftq"])
 def test_stacks_in_nf4_are_closer_than_nf4_alone(source, tmp_path, capsys, method):
     """Of gpt-oss they are kept transposed."""
-    options = ("--rank", 8, "--alpha", 6, "--json", *TARGETS[2:])
-    assert run(method, source, tmp_path / "dst", *options) == 0
-    layers = {one["name"]: one for one in json.loads(capsys.readouterr().out)["layers"]}
+    options = ("--rank", 8, "--alpha", 6, *TARGETS[2:])
+    record = told_json(capsys, "init", method, source, tmp_path / "dst", *options)
+    layers = {one["name"]: one for one in record["layers"]}
     dense = AutoModelForCausalLM.from_pretrained(source)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
     model = PeftModel.from_pretrained(base, tmp_path / "dst" / "adapter")
@@ -118,8 +109,7 @@ def test_stacks_in_nf4_are_closer_than_nf4_alone(source, tmp_path, capsys, metho
 def test_a_stopped_run_goes_on_and_ends_with_the_same_files(source, tmp_path, capsys, monkeypatch):
     """In the middle of the experts of a parameter, where a file has few of them."""
     options = ("--rank", 4, "--shard-size", "30KB", *TARGETS)
-    assert run("pissa", source, tmp_path / "whole", *options) == 0
-    table = capsys.readouterr().out.splitlines()[:-1]
+    whole = told(capsys, "init", "pissa", source, tmp_path / "whole", *options)
     work, calls = Starts.keep, itertools.count(1)
 
     def stop(*arguments: Any) -> None:
@@ -128,10 +118,9 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_files(source, tmp_path, ca
         work(*arguments)
 
     monkeypatch.setattr(Starts, "keep", stop)
-    assert run("pissa", source, tmp_path / "stopped", *options) == 130
-    capsys.readouterr()
-    assert run("pissa", source, tmp_path / "stopped", *options) == 0
-    assert capsys.readouterr().out.splitlines()[:-1] == table
+    command = ("init", "pissa", source, tmp_path / "stopped", *options)
+    told(capsys, *command, status=130)
+    assert told(capsys, *command).splitlines()[:-1] == whole.splitlines()[:-1]
     whole, again = contents(tmp_path / "whole"), contents(tmp_path / "stopped")
     for files in (whole, again):  # which names the folder
         del files["adapter/adapter_config.json"]
@@ -142,12 +131,12 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_files(source, tmp_path, ca
 def test_what_cannot_start_experts_is_one_line(source, tmp_path, capfd):
     texts = tmp_path / "texts.txt"
     texts.write_text("text\n")
-    destination = str(tmp_path / "dst")
-    command = ("init", "corda", str(source), destination, *TARGETS, "--data", str(texts))
+    destination = tmp_path / "dst"
+    command = ("init", "corda", source, destination, *TARGETS, "--data", texts)
     accepted = "pissa, olora, qpissa, loftq, eva"
     complaint = f"experts.gate_up_proj: expected one of {accepted} to start experts, got corda"
     refused(capfd, complaint, *command)
-    command = ("init", "pissa", str(source), destination, "--target")
+    command = ("init", "pissa", source, destination, "--target")
     refused(capfd, "no linear layer is called 'experts.up'; there are ", *command, "experts.up")
     rank = (EXPERTS[1], "--rank", "999")
     refused(capfd, "experts.down_proj: rank: expected 1 to ", *command, *rank)
@@ -162,11 +151,10 @@ def test_one_expert_that_is_not_finite_is_named(tmp_path, capfd):
     ):
         source = tmp_path / family
         save_moe(source, family, torch.float32)
-        tensors = load_file(source / "model.safetensors")
-        weight = tensors[f"model.layers.1.mlp.{name}"]
-        (weight[2] if weight.dim() == 3 else weight)[3, 5] = float("nan")
-        save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
-        command = ("init", "pissa", str(source), str(tmp_path / "dst"), "--rank", "4", *TARGETS)
+        with changing(source / "model.safetensors") as tensors:
+            weight = tensors[f"model.layers.1.mlp.{name}"]
+            (weight[2] if weight.dim() == 3 else weight)[3, 5] = float("nan")
+        command = ("init", "pissa", source, tmp_path / "dst", "--rank", "4", *TARGETS)
         refused(capfd, f"{where}: weight: expected finite values, got NaN or Inf", *command)
 
 
@@ -176,12 +164,10 @@ def test_experts_after_a_gap_in_their_numbers(tmp_path, capfd, method):
     folder, texts = tmp_path / "src", tmp_path / "texts.txt"
     save_moe(folder, "qwen3_moe")
     texts.write_text("text\n")
-    tensors = {
-        name.replace(".experts.3.", ".experts.4."): tensor
-        for name, tensor in load_tensors(folder).items()
-    }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    data = ("--data", str(texts)) if method == "eva" else ()
+    with changing(folder / "model.safetensors") as tensors:
+        for name in [name for name in tensors if ".experts.3." in name]:
+            tensors[name.replace(".experts.3.", ".experts.4.")] = tensors.pop(name)
+    data = ("--data", texts) if method == "eva" else ()
     complaint = "tensors of each of 4 experts, numbered from 0, got "
     for targets in (TARGETS, TARGETS[:2]):
         refused(capfd, complaint, "init", method, folder, tmp_path / "dst", *data, *targets)

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_folders import load_tensors
-from command_line import refused, run_main
-from merged_folders import assert_same_tensors, make_model, merge, save_adapter, save_base
+from command_line import refused, told, told_json
+from merged_folders import (
+    assert_same_tensors,
+    make_model,
+    merge,
+    save_adapter,
+    save_base,
+    save_both,
+)
 from quantized_folders import convert
 
 from peftkern.cli import main
@@ -20,18 +26,16 @@ from peftkern.cli import main
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
     model = make_model(tie_word_embeddings=True)
-    base = save_base(tmp_path / "base", model, shards="60KB")
+    targets = ["q_proj", "embed_tokens"]
+    base, adapter = save_both(tmp_path, model, shards="60KB", target_modules=targets)
     (base / "tokenizer.json").write_text("{}")
     (base / "pytorch_model.bin").write_text("the same weights")
-    config = {"target_modules": ["q_proj", "embed_tokens"]}
-    return base, save_adapter(tmp_path / "adapter", model, **config)
+    return base, adapter
 
 
 def test_a_checkpoint_is_merged_and_described(tmp_path: Path, folders, capfd) -> None:
     out = tmp_path / "out"
-    done = run_main(capfd, "merge", *map(str, (*folders, out)))
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+    lines = told(capfd, "merge", *folders, out).splitlines()
     assert lines[0] == "3 weights merged, 18 tensors copied, in 3 files"
     assert lines[1] == "lm_head.weight: no longer tied to model.embed_tokens.weight, written apart"
     assert lines[2].startswith(("100.", "99."))
@@ -46,15 +50,12 @@ def test_a_checkpoint_is_merged_and_described(tmp_path: Path, folders, capfd) ->
 
 
 def test_one_of_each_is_told_in_the_singular(tmp_path: Path, capfd) -> None:
-    model = make_model()
-    base = save_base(tmp_path / "base", model)
     config = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
-    adapter = save_adapter(tmp_path / "adapter", model, **config)
+    base, adapter = save_both(tmp_path, make_model(), **config)
     for other in base.glob("generation_config.json"):
         other.unlink()
     (base / "tokenizer.json").write_text("{}")
-    done = run_main(capfd, "merge", *map(str, (base, adapter, tmp_path / "out")))
-    lines = done.stdout.splitlines()
+    lines = told(capfd, "merge", base, adapter, tmp_path / "out").splitlines()
     assert lines[0].startswith("1 weight merged, ") and lines[0].endswith(" in 1 file")
     assert "1 other file copied" in lines
 
@@ -68,7 +69,7 @@ def test_full_disk_says_how_to_go_on(tmp_path: Path, folders, capfd, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(os, "ftruncate", full)
         refused(capfd, "No space left on device; the same command goes on from there", *arguments)
-    assert main([*map(str, arguments)]) == 0
+    told(capfd, *arguments)
 
 
 def test_weights_of_adapters_and_json(tmp_path: Path, capsys) -> None:
@@ -76,10 +77,8 @@ def test_weights_of_adapters_and_json(tmp_path: Path, capsys) -> None:
     base = save_base(tmp_path / "base", model)
     one = save_adapter(tmp_path / "one", model, target_modules=["q_proj"])
     two = save_adapter(tmp_path / "two:2", model, target_modules=["q_proj"])
-    capsys.readouterr()
     arguments = [base, f"{one}:0.5", f"{two}:-1e-1", two, tmp_path / "out"]
-    assert main(["merge", "--json", *map(str, arguments)]) == 0
-    said = json.loads(capsys.readouterr().out)
+    said = told_json(capsys, "merge", *arguments)
     names = {f"model.layers.{i}.self_attn.q_proj.weight" for i in (0, 1)}
     assert said["survived"] and said["weights"].keys() == names
     assert said["files"].keys() == {"model.safetensors"} and said["untied"] == {}
@@ -90,35 +89,28 @@ def test_weights_of_adapters_and_json(tmp_path: Path, capsys) -> None:
 
 def test_update_that_does_not_survive_nf4(tmp_path: Path, capfd) -> None:
     """The status is 1; dense it survives."""
-    model = make_model()
-    convert(save_base(tmp_path / "base", model), tmp_path / "nf4")
-    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj"], lora_alpha=0.1)
-    capfd.readouterr()
-    arguments = ["merge", *map(str, (tmp_path / "nf4", adapter))]
+    config = {"target_modules": ["q_proj"], "lora_alpha": 0.1}
+    base, adapter = save_both(tmp_path, make_model(), **config)
+    convert(base, tmp_path / "nf4")
+    arguments = ["merge", str(tmp_path / "nf4"), str(adapter)]
     assert main([*arguments, str(tmp_path / "out")]) == 1
-    said = capfd.readouterr()
-    assert "of the update survived, expected 50%: --out bf16 keeps it" in said.err
-    assert main([*arguments, str(tmp_path / "any"), "--min-survival", "0"]) == 0
-    assert (
-        main([*arguments, str(tmp_path / "dense"), "--out", "fp32", "--min-survival", "0.99"]) == 0
-    )
+    error = capfd.readouterr().err
+    assert "of the update survived, expected 50%: --out bf16 keeps it" in error
+    told(capfd, *arguments, tmp_path / "any", "--min-survival", "0")
+    told(capfd, *arguments, tmp_path / "dense", "--out", "fp32", "--min-survival", "0.99")
     assert load_tensors(tmp_path / "dense")["lm_head.weight"].dtype is torch.float32
 
 
 def test_a_base_in_other_4_bits_is_told_what_that_loses(tmp_path: Path, capsys) -> None:
-    model = make_model()
-    convert(save_base(tmp_path / "base", model), tmp_path / "nf4")
-    adapter = save_adapter(tmp_path / "adapter", model, target_modules=["q_proj"])
-    arguments = ["merge", *map(str, (tmp_path / "nf4", adapter))]
-    capsys.readouterr()
-    assert main([*arguments, str(tmp_path / "out"), "--out", "mxfp4", "--min-survival", "0"]) == 0
-    said = capsys.readouterr().out
+    base, adapter = save_both(tmp_path, make_model(), target_modules=["q_proj"])
+    convert(base, tmp_path / "nf4")
+    arguments = ["merge", tmp_path / "nf4", adapter]
+    said = told(capsys, *arguments, tmp_path / "out", "--out", "mxfp4", "--min-survival", "0")
     (line,) = (line for line in said.splitlines() if "quantized anew" in line)
     assert line.startswith("12 other weights quantized anew, with an error of ")
     others = {"--out": "nf4", "--blocksize": "128", "--min-survival": "0"}
     words = [word for option in others.items() for word in option]
-    assert main([*arguments, str(tmp_path / "json"), *words, "--json"]) == 0
-    record = json.loads(capsys.readouterr().out)
+    record = told_json(capsys, *arguments, tmp_path / "json", *words)
     assert len(record["others"]) == 12 and not record["others"].keys() & record["weights"].keys()
     assert all(0.02 < error < 0.2 for error in record["others"].values())
 

@@ -12,12 +12,11 @@ import subprocess
 import sys
 
 import pytest
-from command_line import refused
+from command_line import refused, told, told_json
 from monitor_runs import LAYERS, STEPS, record_adalora, start, step, write
 from paths import ROOT
 from tolerances import HANG_SECONDS
 
-from peftkern.cli import main
 from peftkern.tools.monitor import terminal
 
 
@@ -28,25 +27,23 @@ def run(tmp_path_factory):
 
 def test_a_run_is_told_in_80_columns(run, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert main(["monitor", str(run)]) == 0
-    told = capfd.readouterr().out
-    lines = told.splitlines()
+    said = told(capfd, "monitor", run)
+    lines = said.splitlines()
     assert lines[0].startswith(f"run.jsonl  finished, at step {STEPS}")
     assert max(map(len, lines)) <= 80
-    assert {"loss", "fallbacks per step"} < {*re.split(r"\n| {2,}", told)} and "█" in told
+    assert {"loss", "fallbacks per step"} < {*re.split(r"\n| {2,}", said)} and "█" in said
     rows = [line.split() for line in lines]
     assert ["steps", str(STEPS)] in rows
     assert f"adalora_orthogonality_forward on cpu {STEPS} (1 per step)".split() in rows
     (mean,) = [row for row in rows if row[:3] == ["q_proj", "6", "to"]]
     assert float(mean[3]) < 6
-    assert re.search(r"28 triplets kept since step \d+, budget 28; 5\d were pruned", told)
-    assert "lora_linear: small dense product" in told
+    assert re.search(r"28 triplets kept since step \d+, budget 28; 5\d were pruned", said)
+    assert "lora_linear: small dense product" in said
 
 
 def test_json_is_the_same_as_numbers(run, capfd):
-    assert main(["monitor", "--json", str(run)]) == 0
-    told = json.loads(capfd.readouterr().out)
-    (facts,), comparison = told["runs"], told["comparison"]
+    said = told_json(capfd, "monitor", run)
+    (facts,), comparison = said["runs"], said["comparison"]
     assert (facts["steps"], facts["last_step"], facts["finished"]) == (STEPS, STEPS, True)
     assert comparison is None
     records = [json.loads(line) for line in run.read_text().splitlines()]
@@ -61,22 +58,18 @@ def test_json_is_the_same_as_numbers(run, capfd):
 def test_two_runs_stand_side_by_side(run, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     other = write(tmp_path / "run.jsonl", start(), *(step(i) for i in (1, 2, 3)))
-    assert main(["monitor", str(run), str(other)]) == 0
-    told = capfd.readouterr().out
-    assert "over 3 steps" in told and "ratio" in told
-    assert max(map(len, told.splitlines())) <= 80
-    assert main(["monitor", str(run), str(other), "--json"]) == 0
-    told = json.loads(capfd.readouterr().out)
-    assert len(told["runs"]) == 2 and told["comparison"]["loss"]["steps"] == 3
+    said = told(capfd, "monitor", run, other)
+    assert "over 3 steps" in said and "ratio" in said
+    assert max(map(len, said.splitlines())) <= 80
+    said = told_json(capfd, "monitor", run, other)
+    assert len(said["runs"]) == 2 and said["comparison"]["loss"]["steps"] == 3
 
 
 def test_a_run_without_steps_says_so(tmp_path, capfd):
     for records in ([], [start()]):
         path = write(tmp_path / "run.jsonl", *records)
-        assert main(["monitor", str(path)]) == 0
-        assert capfd.readouterr().out.startswith("run.jsonl  no steps yet, not finished")
-        assert main(["monitor", str(path), str(path), "--json"]) == 0
-        assert json.loads(capfd.readouterr().out)["runs"][0]["step_seconds"] is None
+        assert told(capfd, "monitor", path).startswith("run.jsonl  no steps yet, not finished")
+        assert told_json(capfd, "monitor", path, path)["runs"][0]["step_seconds"] is None
 
 
 def test_a_run_is_followed_until_ctrl_c(tmp_path):
@@ -109,16 +102,16 @@ def test_a_followed_run_is_a_line_per_record_in_a_pipe_until_it_ends(tmp_path, c
             file.write(json.dumps(next(coming)) + "\n")
 
     monkeypatch.setattr(terminal.time, "sleep", sleep)
-    assert main(["monitor", "--follow", str(path)]) == 0
-    *_, first, second = capfd.readouterr().out.splitlines()
+    *_, first, second = told(capfd, "monitor", "--follow", path).splitlines()
     assert first.startswith("run.jsonl  step 7  500 ms/step  20 tokens/s  loss 0.125")
     assert "step 8" in second and "loss nan" in second
 
 
 def test_files_are_written_beside_what_is_told(run, tmp_path, capfd):
     html, svg = tmp_path / "run.html", tmp_path / "run.svg"
-    assert main(["monitor", str(run), "--html", str(html), "--svg", str(svg), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["runs"][0]["steps"] == STEPS
+    assert (
+        told_json(capfd, "monitor", run, "--html", html, "--svg", svg)["runs"][0]["steps"] == STEPS
+    )
     assert html.read_text().startswith("<!DOCTYPE html>") and svg.read_text().startswith("<svg")
 
 

@@ -7,23 +7,21 @@ import re
 
 import pytest
 import torch
-from command_line import refused, run_main
+from command_line import refused, told, told_json
 from paths import ROOT
 from peft import LoraConfig
-
-from peftkern.cli import main
+from plan_configs import LLAMA_CONFIG
 
 QLORA_65B = ["llama-65b", "--method", "qlora", "--r", "64"]
 QLORA_65B += ["--adapter-dtype", "bf16", "--optimizer", "paged-adamw"]
 
 
 def test_table_and_verdict_of_the_published_example_fit_80_columns(capfd):
-    done = run_main(capfd, "plan", *QLORA_65B, "--sequence", "512", "--fit", "48GB")
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+    out = told(capfd, "plan", *QLORA_65B, "--sequence", "512", "--fit", "48GB")
+    lines = out.splitlines()
     assert max(map(len, lines)) <= 80
     assert not any(line != line.rstrip() for line in lines)
-    text = " ".join(done.stdout.split())
+    text = " ".join(out.split())
     assert "65.29 billion parameters, 799.54 million trained" in text
     assert "linear layers │ 33.41 │ 33.41 │ 33.41" in text
     found = re.search(r"peak (\S+) GB = (\S+) GiB, in the backward pass", text)
@@ -34,8 +32,7 @@ def test_table_and_verdict_of_the_published_example_fit_80_columns(capfd):
 
 
 def test_json_holds_the_sums_and_status_1_says_that_it_does_not_fit(capsys):
-    assert main(["plan", *QLORA_65B, "--sequence", "512", "--fit", "24GiB", "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
+    report = told_json(capsys, "plan", *QLORA_65B, "--sequence", "512", "--fit", "24GiB", status=1)
     plan = report["plan"]
     for phase, total in plan["totals"].items():
         assert total == sum(plan["fixed"].values()) + sum(plan["phases"][phase].values())
@@ -46,13 +43,11 @@ def test_json_holds_the_sums_and_status_1_says_that_it_does_not_fit(capsys):
 
 
 def test_small_model_of_a_folder_is_shown_in_mb(tmp_path, capsys):
-    config = {"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
-    config |= {"intermediate_size": 96, "num_attention_heads": 4, "tie_word_embeddings": True}
-    config |= {"num_key_value_heads": 4}
+    config = {**LLAMA_CONFIG, "model_type": "qwen2", "tie_word_embeddings": True}
+    config["num_key_value_heads"] = 4
     (tmp_path / "config.json").write_text(json.dumps(config))
     options = ["--method", "full", "--sequence", "16", "--device", "cpu", "--dtype", "bfloat16"]
-    assert main(["plan", str(tmp_path), *options]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join(told(capsys, "plan", tmp_path, *options).split())
     assert "MB at the peak" in said and "activations bf16" in said
     assert re.search(r"peak 0\.\d\d MB = 0\.\d\d MiB", said)
     assert "lm_head" not in said
@@ -92,8 +87,7 @@ def test_adapters_of_a_config_are_planned(tmp_path, capfd):
     config = LoraConfig(r=4, target_modules=["q_proj"], inference_mode=True)  # as PEFT saves it
     config.save_pretrained(tmp_path)
     asked = ["plan", "qwen2.5-0.5b", "--sequence", "8", "--adapter", str(tmp_path), "--json"]
-    assert main(asked) == 0
-    found = json.loads(capfd.readouterr().out)
+    found = json.loads(told(capfd, *asked))
     assert found["plan"]["trainable"] == 24 * 4 * 2 * 896
     for option in ("--r=4", "--targets=q_proj", "--dropout=0"):
         name = option.partition("=")[0]
@@ -104,31 +98,26 @@ def test_adapters_of_a_config_are_planned(tmp_path, capfd):
 
 
 def test_compaction_of_adalora_is_told(tmp_path, capfd):
-    config = {"model_type": "qwen2", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
-    config |= {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = {**LLAMA_CONFIG, "model_type": "qwen2", "num_key_value_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     asked = ["plan", str(tmp_path), "--method", "adalora", "--r", "8", "--target-r", "4"]
-    assert main([*asked, "--sequence", "16"]) == 0
-    said = capfd.readouterr().out
+    said = told(capfd, *asked, "--sequence", "16")
     assert max(map(len, said.splitlines())) <= 80
     assert "pruned to 4 of 8 triplets a layer, and compacted" in " ".join(said.split())
     assert re.search(r"optimizer states, MB .* (49\.\d|50\.0)%", said)
     assert ("a step at least" in said) == torch.cuda.is_available()  # the device is not here
-    assert main([*asked, "--sequence", "16", "--json"]) == 0
-    found = json.loads(capfd.readouterr().out)["compaction"]
+    found = told_json(capfd, *asked, "--sequence", "16")["compaction"]
     assert found["pruned"]["trainable"] == 2 * found["compacted"]["trainable"]
     assert found["pruned"]["flops"] > found["compacted"]["flops"] > 0
     refused(capfd, "--target-r: expected an integer from 1 to 8", *asked[:-1], "9")
 
 
 def test_several_devices_are_told_of_each(tmp_path, capfd, monkeypatch):
-    config = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 32}
-    config |= {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 4}
+    config = {**LLAMA_CONFIG, "num_hidden_layers": 2, "num_key_value_heads": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
     asked = ["plan", str(tmp_path), "--sequence", "16", "--r", "4", "--devices", "4"]
     asked += ["--shard", "fsdp2", "--param-dtype", "bfloat16", "--fit", "1MB"]
-    assert main(asked) == 0
-    said = capfd.readouterr().out
+    said = told(capfd, *asked)
     assert max(map(len, said.splitlines())) <= 80
     text = " ".join(said.split())
     assert "sequence 16 on each of 4 devices by fsdp2, gathered in bf16" in text
@@ -137,18 +126,15 @@ def test_several_devices_are_told_of_each(tmp_path, capfd, monkeypatch):
     assert re.search(r"all-gather, backward . 0\.\d\d . 0\.\d\d", text)
     assert "fits 1.00 MB" in text
     monkeypatch.setenv("COLUMNS", "40")
-    assert main(asked) == 0
-    narrow = capfd.readouterr().out
+    narrow = told(capfd, *asked)
     assert max(map(len, narrow.splitlines())) <= 40
     assert {"optimizer", "communication", "activations"} <= set(narrow.split())  # words are whole
-    assert main([*asked[:-2], "--json"]) == 0
-    report = json.loads(capfd.readouterr().out)
+    report = told_json(capfd, *asked[:-2])
     assert report["training"]["devices"] == 4
     moved = report["plan"]["communication"]
     layers = moved["all-gather, backward"]
     assert layers["calls"] == 2 and layers["sent"] == layers["bytes"] * 3 // 4
     monkeypatch.setenv("COLUMNS", "80")
-    assert main([*asked[:-6], "--shard", "zero3"]) == 0
-    text = " ".join(capfd.readouterr().out.split())
+    text = " ".join(told(capfd, *asked[:-6], "--shard", "zero3").split())
     assert re.search(r"all-gather, forward . 0\.\d\d . 0\.\d\d", text)
     assert moved["reduce-scatter, backward"]["bytes"] > 0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_folders import contents, load_tensors, save_llama, save_moe
-from command_line import refused, run_main
+from command_line import refused, told, told_json
 from paths import ROOT
 from processes import killed
 from tolerances import HANG_SECONDS
@@ -33,9 +33,7 @@ def test_a_checkpoint_is_quantized_and_described(tmp_path, capfd):
     (source / "onnx").mkdir()
     (source / "onnx" / "model.onnx").write_text("once more")
     options = ["--shard-size", "30KB", "--no-double-quant", "--skip", "v_proj"]
-    done = run_main(capfd, "quantize", str(source), str(tmp_path / "dst"), *options)
-    assert (done.returncode, done.stderr) == (0, "")
-    lines = done.stdout.splitlines()
+    lines = told(capfd, "quantize", source, tmp_path / "dst", *options).splitlines()
     assert lines[0] == "12 tensors quantized, 9 kept"
     assert "MB before" in lines[1] and "bits per parameter" in lines[1]
     assert lines[2].startswith("largest relative error ") and lines[2].endswith("proj.weight")
@@ -66,18 +64,16 @@ def test_a_checkpoint_is_quantized_and_described(tmp_path, capfd):
 def test_experts_are_told(tmp_path, capsys, family):
     """In the source each expert has its tensors, or all of a layer have one."""
     save_moe(tmp_path / "src", family)
-    capsys.readouterr()
+    arguments = ["quantize", tmp_path / "src", tmp_path / "dst"]
     options = ["--compute-dtype", "fp16" if family == "gpt_oss" else "float32"]  # short and full
-    assert main(["quantize", str(tmp_path / "src"), str(tmp_path / "dst"), *options]) == 0
+    lines = told(capsys, *arguments, *options).splitlines()
     config = json.loads((tmp_path / "dst" / "config.json").read_text())["quantization_config"]
     assert config["bnb_4bit_compute_dtype"] == ("float16" if family == "gpt_oss" else "float32")
-    said = capsys.readouterr()
-    assert said.err == ""
     tensors = load_tensors(tmp_path / "src")
     names = [name for name in tensors if ".experts." in name and not name.endswith("_bias")]
     count = sum(tensors[name].numel() for name in names)
     total = sum(tensor.numel() for tensor in tensors.values())
-    assert said.out.splitlines()[2] == (
+    assert lines[2] == (
         f"experts: {count / total:.0%} of the parameters, at 4.50 bits, are quantized: "
         "from peftkern.integrations.transformers import NF4ExpertsConfig before from_pretrained"
     )
@@ -85,9 +81,7 @@ def test_experts_are_told(tmp_path, capsys, family):
 
     AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
     if family == "mixtral":
-        options = ["--no-stack-experts", "--force"]
-        assert main(["quantize", str(tmp_path / "src"), str(tmp_path / "dst"), *options]) == 0
-        line = capsys.readouterr().out.splitlines()[2]
+        line = told(capsys, *arguments, "--no-stack-experts", "--force").splitlines()[2]
         assert line.endswith("each as a linear layer, which no model of transformers 5 loads")
 
 
@@ -110,35 +104,28 @@ def test_most_parameters_that_would_stay_as_they_are(tmp_path, capsys):
     found = re.match(words + " in all; ", said.err)
     assert found and 50 < int(found[1]) < 100
     assert said.err.endswith(f"; {line}; --partial writes it all the same\n")
-    assert main([*arguments, "--partial"]) == 0
-    said = capsys.readouterr()
-    assert said.err == "" and said.out.splitlines()[2] == line
+    assert told(capsys, *arguments, "--partial").splitlines()[2] == line
     AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
 
 
 def test_a_dry_run_says_what_the_run_does_then(tmp_path, capsys):
     source, out = save_moe(tmp_path / "src", "mixtral"), tmp_path / "dst"
     arguments = ["quantize", str(tmp_path / "src")]
-    capsys.readouterr()
-    assert main([*arguments, "--dry-run"]) == 0
-    told = capsys.readouterr().out.splitlines()
-    assert told[0] == "32 tensors to be quantized, 9 kept"
+    planned = told(capsys, *arguments, "--dry-run").splitlines()
+    assert planned[0] == "32 tensors to be quantized, 9 kept"
     share = source.lm_head.weight.numel() / sum(p.numel() for p in source.parameters())
     heads = [f"{share:.1%} {name}.weight" for name in ("lm_head", "model.embed_tokens")]
-    assert told[3].startswith(f"left as they are: {', '.join(heads)}, ")
-    assert "% model.layers.*.block_sparse_moe.gate.weight, " in told[3]
-    assert told[4:] == [
+    assert planned[3].startswith(f"left as they are: {', '.join(heads)}, ")
+    assert "% model.layers.*.block_sparse_moe.gate.weight, " in planned[3]
+    assert planned[4:] == [
         "1 file to be written",
         "1 other file to be copied",
         "a dry run: nothing is written",
     ]
-    assert main([*arguments, "--dry-run", "--json"]) == 0
-    dry = json.loads(capsys.readouterr().out)
+    dry = told_json(capsys, *arguments, "--dry-run")
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
-    assert main([*arguments, str(out), "--json"]) == 0
-    said = capsys.readouterr()
-    record = json.loads(said.out)
-    assert said.err == "" and (dry.pop("written"), record.pop("written")) == (False, True)
+    record = told_json(capsys, *arguments, out)
+    assert (dry.pop("written"), record.pop("written")) == (False, True)
     ((name, error),) = record.pop("largest_error").items()
     assert dry.pop("largest_error") == {} and name.endswith("weight") and 0 < error < 0.2
     assert dry == record
@@ -154,10 +141,8 @@ def test_a_dry_run_says_what_the_run_does_then(tmp_path, capsys):
 
 def test_layers_that_a_format_cannot_have_are_named(tmp_path, capsys):
     save_llama(tmp_path / "src", intermediate_size=72)
-    capsys.readouterr()
     arguments = ["quantize", str(tmp_path / "src"), "--dry-run", "--format", "nvfp4"]
-    assert main(arguments) == 0
-    assert capsys.readouterr().out.splitlines()[2] == (
+    assert told(capsys, *arguments).splitlines()[2] == (
         "layers that stay dense, as their rows are not whole blocks: "
         "model.layers.0.mlp.down_proj, model.layers.1.mlp.down_proj"
     )
@@ -264,7 +249,5 @@ def test_stopped_by_a_signal_it_goes_on(tmp_path, capsys):
     second = written(out)
     assert [path.name for path in out.iterdir()] == [WORK]
     assert (len(first), len(second)) == (2, 4) and first.items() < second.items()
-    capsys.readouterr()
-    assert main(arguments) == 0
-    assert "by an earlier run)" in capsys.readouterr().out.splitlines()[0]
+    assert "by an earlier run)" in told(capsys, *arguments).splitlines()[0]
     assert contents(out) == contents(tmp_path / "whole")

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_folders import load_tensors, save_llama, save_moe
-from command_line import refused
+from checkpoint_folders import changing, load_tensors, save_llama, save_moe
+from command_line import refused, told, told_json
 from framework_runs import letters_llama, letters_tokenizer
+from merged_folders import make_model, save_base
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
-
-from peftkern.cli import main
-
-
-def run(*arguments: Any) -> int:
-    return main(["ranks", *map(str, arguments)])
-
-
-def printed(capsys: pytest.CaptureFixture, *arguments: Any) -> dict[str, Any]:
-    capsys.readouterr()
-    assert run(*arguments, "--json") == 0
-    return json.loads(capsys.readouterr().out)
+from transformers import AutoModelForCausalLM
 
 
 def ranks_in(model: torch.nn.Module) -> dict[str, int]:
@@ -49,8 +36,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_is_printed_is_a_config_that_peft_takes(source, tmp_path, capsys):
     page = tmp_path / "ranks.html"
-    assert run(source, "--rank", 4, "--alpha", 8, "--html", page) == 0
-    said = capsys.readouterr().out
+    said = told(capsys, "ranks", source, "--rank", 4, "--alpha", 8, "--html", page)
     table, _, program = said.partition("from peft import LoraConfig")
     assert "of |W|^2" in table and "excess" in table and "ranks by weights: " in table
     session: dict[str, Any] = {}
@@ -58,7 +44,7 @@ def test_what_is_printed_is_a_config_that_peft_takes(source, tmp_path, capsys):
     given = ranks_in(
         get_peft_model(AutoModelForCausalLM.from_pretrained(source), session["config"])
     )
-    record = printed(capsys, source, "--rank", 4, "--alpha", 8)
+    record = told_json(capsys, "ranks", source, "--rank", 4, "--alpha", 8)
     assert {layer["name"]: layer["rank"] for layer in record["layers"]} == given
     assert record["spent"] <= record["budget"] and len(set(given.values())) > 1
     for name in given:
@@ -69,9 +55,9 @@ def test_what_is_printed_is_a_config_that_peft_takes(source, tmp_path, capsys):
 
 def test_nf4_and_dense_checkpoints_agree(source, tmp_path, capsys):
     nf4 = tmp_path / "nf4"
-    assert main(["quantize", str(source), str(nf4)]) == 0
-    decoded = printed(capsys, nf4, "--rank", 4)
-    dense = printed(capsys, source, "--rank", 4)
+    told(capsys, "quantize", source, nf4)
+    decoded = told_json(capsys, "ranks", nf4, "--rank", 4)
+    dense = told_json(capsys, "ranks", source, "--rank", 4)
     for ours, theirs in zip(decoded["layers"], dense["layers"], strict=True):
         assert (ours["name"], ours["shape"]) == (theirs["name"], theirs["shape"])
         assert ours["S"] == pytest.approx(theirs["S"], rel=0.1)  # NF4's error
@@ -82,12 +68,9 @@ def test_nf4_and_dense_checkpoints_agree(source, tmp_path, capsys):
 
 
 def test_weights_that_are_kept_transposed(tmp_path, capsys):
-    torch.manual_seed(0)
-    sizes = {"n_positions": 32, "n_embd": 64, "n_layer": 1, "n_head": 2}
-    config = GPT2Config(vocab_size=48, **sizes, bos_token_id=0, eos_token_id=0)
-    GPT2LMHeadModel(config).save_pretrained(tmp_path / "src")
-    assert main(["quantize", str(tmp_path / "src"), str(tmp_path / "nf4")]) == 0
-    records = [printed(capsys, tmp_path / name, "--rank", 4) for name in ("src", "nf4")]
+    save_base(tmp_path / "src", make_model("GPT2", "LMHeadModel", num_hidden_layers=1))
+    told(capsys, "quantize", tmp_path / "src", tmp_path / "nf4")
+    records = [told_json(capsys, "ranks", tmp_path / name, "--rank", 4) for name in ("src", "nf4")]
     for name, record in zip(("src", "nf4"), records, strict=True):
         shapes = {la["name"].rpartition(".")[2]: la["shape"] for la in record["layers"]}
         assert shapes == {"c_attn": [192, 64], "c_proj": [64, 256], "c_fc": [256, 64]}
@@ -99,11 +82,20 @@ def test_texts_choose_ranks(source, tmp_path, capsys, by):
     texts = tmp_path / "texts.txt"
     texts.write_text("the quick brown fox\n\njumps over the lazy dog\n")
     options = ("--by", by, "--data", texts, "--rank", 4, "--min-rank", 0, "--length", 16)
-    record = printed(capsys, source, *options)
+    record = told_json(capsys, "ranks", source, *options)
     assert record["by"] == by and record["unit"] == "rank"
     assert record["spent"] <= record["budget"] == 4 * len(record["layers"])
-    few = printed(
-        capsys, source, *options, "--budget", 700, "--cost", "parameters", "--memory", "10KB"
+    few = told_json(
+        capsys,
+        "ranks",
+        source,
+        *options,
+        "--budget",
+        700,
+        "--cost",
+        "parameters",
+        "--memory",
+        "10KB",
     )
     assert few["parameters"] <= 700
     get_peft_model(AutoModelForCausalLM.from_pretrained(source), LoraConfig(**few["config"]))
@@ -116,12 +108,11 @@ def test_experts_of_a_checkpoint(tmp_path, capsys, family):
     stacks = {name: p for name, p in model.named_parameters() if name.endswith("gate_up_proj")}
     command = ("--rank", 4, "--alpha", 8, "--target", "gate_up_proj", "--target", "q_proj")
     command += ("--cost", "parameters")
-    assert run(folder, *command) == 0
-    said = capsys.readouterr().out
+    said = told(capsys, "ranks", folder, *command)
     table, _, program = said.partition("from peft import LoraConfig")
     session: dict[str, Any] = {}
     exec("from peft import LoraConfig" + program, session)
-    record = printed(capsys, folder, *command)
+    record = told_json(capsys, "ranks", folder, *command)
     layers = {layer["name"]: layer for layer in record["layers"]}
     assert set(stacks) < set(layers) and len(layers) == 4
     assert [name for name in layers if "layers.0." in name] == [*layers][:2]
@@ -139,14 +130,14 @@ def test_experts_of_a_checkpoint(tmp_path, capsys, family):
     assert given == {name: layer["rank"] for name, layer in layers.items()}
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert trained == record["parameters"] <= record["budget"] == record["uniform_parameters"]
-    alone = printed(capsys, folder, "--rank", 2, "--target", "experts.gate_up_proj")
+    alone = told_json(capsys, "ranks", folder, "--rank", 2, "--target", "experts.gate_up_proj")
     assert {layer["name"] for layer in alone["layers"]} == set(stacks)
     get_peft_model(AutoModelForCausalLM.from_pretrained(folder), LoraConfig(**alone["config"]))
     file = tmp_path / "ranks.json"
     for number, one in enumerate((record, alone)):  # `init` starts experts of these ranks
         file.write_text(json.dumps(one))
         out = tmp_path / f"dst{number}"
-        assert main(["init", "pissa", str(folder), str(out), "--ranks", str(file)]) == 0
+        told(capsys, "init", "pissa", folder, out, "--ranks", file)
         base = AutoModelForCausalLM.from_pretrained(out)
         started = ranks_in(PeftModel.from_pretrained(base, out / "adapter"))
         wanted = {layer["name"].removesuffix(".gate_up_proj"): layer["rank"]
@@ -160,11 +151,10 @@ def test_experts_that_are_numbered_otherwise(tmp_path, capfd, number):
     what comes after a gap is not the one that is missing."""
     folder = tmp_path / "src"
     save_moe(folder, "qwen3_moe")
-    tensors = load_tensors(folder)
-    for name in [name for name in tensors if ".experts.3." in name]:
-        value = tensors[name].clone() if number == "4" else tensors.pop(name)
-        tensors[name.replace(".experts.3.", f".experts.{number}.")] = value
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with changing(folder / "model.safetensors") as tensors:
+        for name in [name for name in tensors if ".experts.3." in name]:
+            value = tensors[name].clone() if number == "4" else tensors.pop(name)
+            tensors[name.replace(".experts.3.", f".experts.{number}.")] = value
     complaint = "tensors of each of 4 experts, numbered from 0, got "
     refused(capfd, complaint, "ranks", folder, "--target", "down_proj")
 
@@ -187,8 +177,8 @@ def test_experts_of_texts_and_of_a_program(tmp_path, capsys, monkeypatch, by):
         "    return [{**found, 'labels': found['input_ids']}]\n"
     )
     options = ("--by", by, "--rank", 2, "--target", "down_proj")
-    by_texts = printed(capsys, folder, *options, "--data", texts)
-    assert printed(capsys, program, *options)["layers"] == by_texts["layers"]
+    by_texts = told_json(capsys, "ranks", folder, *options, "--data", texts)
+    assert told_json(capsys, "ranks", program, *options)["layers"] == by_texts["layers"]
     assert {layer["experts"] for layer in by_texts["layers"]} == {4}
     assert by_texts["config"]["target_parameters"] == ["experts.down_proj"]
 
@@ -231,7 +221,7 @@ def test_a_file_of_python_serves_any_model(tmp_path, capsys, monkeypatch, by):
     (tmp_path / "width_of_it.py").write_text("WIDTH = 32")
     file.write_text(PROGRAM)
     some = () if by == "weights" else ("--texts", 2)
-    record = printed(capsys, file, "--by", by, "--rank", 4, *some, "--html", page)
+    record = told_json(capsys, "ranks", file, "--by", by, "--rank", 4, *some, "--html", page)
     assert record["by"] == by and record["source"] == str(file)
     assert {la["name"]: la["shape"] for la in record["layers"]} == {
         "first": [48, 32],
@@ -242,7 +232,7 @@ def test_a_file_of_python_serves_any_model(tmp_path, capsys, monkeypatch, by):
     exec(PROGRAM, session)
     model = get_peft_model(session["model"](), LoraConfig(**record["config"]))
     assert ranks_in(model) == {layer["name"]: layer["rank"] for layer in record["layers"]}
-    one = printed(capsys, file, "--by", by, "--rank", 4, *some, "--target", "second")
+    one = told_json(capsys, "ranks", file, "--by", by, "--rank", 4, *some, "--target", "second")
     assert [layer["name"] for layer in one["layers"]] == ["second"]
 
 
@@ -279,11 +269,11 @@ def test_a_file_of_python_that_lacks_something_is_one_line(tmp_path, capfd):
 def test_init_starts_an_adapter_of_these_ranks(source, tmp_path, capsys, method):
     ranks, texts = tmp_path / "ranks.json", tmp_path / "texts.txt"
     texts.write_text("the quick brown fox\njumps over the lazy dog\n")
-    record = printed(capsys, source, "--rank", 4, "--alpha", 6, "--target", "q_proj")
+    record = told_json(capsys, "ranks", source, "--rank", 4, "--alpha", 6, "--target", "q_proj")
     ranks.write_text(json.dumps(record))
     data = ("--data", texts) if method == "eva" else ()
     arguments = ("init", method, source, tmp_path / "dst", "--ranks", ranks, *data)
-    assert main([*map(str, arguments)]) == 0
+    told(capsys, *arguments)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
     model = PeftModel.from_pretrained(base, tmp_path / "dst" / "adapter")
     wanted = {layer["name"]: layer["rank"] for layer in record["layers"]}
@@ -301,7 +291,7 @@ def test_init_takes_targets_that_are_a_regular_expression(source, tmp_path, caps
     pattern = r"model\.layers\.0\.self_attn\.(q|v)_proj|model\.layers\.1\..*down_proj"
     ranks.write_text(json.dumps({"r": 3, "target_modules": pattern}))
     arguments = ("init", "pissa", source, tmp_path / "dst", "--ranks", ranks)
-    assert main([*map(str, arguments)]) == 0
+    told(capsys, *arguments)
     names = {f"model.layers.0.self_attn.{name}_proj" for name in "qv"}
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "dst")
     model = PeftModel.from_pretrained(base, tmp_path / "dst" / "adapter")
@@ -328,14 +318,12 @@ def test_bad_input_is_one_line(source, tmp_path, capfd):
     ):
         refused(capfd, complaint, "ranks", source, *arguments)
     refused(capfd, "expected a folder with config.json", "ranks", tmp_path / "none")
-    gpt, bad = tmp_path / "bad", tmp_path / "ranks.json"
-    shutil.copytree(save_llama(tmp_path / "llama"), gpt)
-    tensors = load_tensors(gpt)
-    tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
-    save_file(tensors, gpt / "model.safetensors", metadata={"format": "pt"})
+    gpt, bad = save_llama(tmp_path / "bad"), tmp_path / "ranks.json"
+    with changing(gpt / "model.safetensors") as tensors:
+        tensors["model.layers.0.mlp.up_proj.weight"][1, 1] = float("nan")
     refused(capfd, "layers.0.mlp.up_proj: weight: expected finite values", "ranks", gpt)
-    tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 96)
-    save_file(tensors, gpt / "model.safetensors", metadata={"format": "pt"})
+    with changing(gpt / "model.safetensors") as tensors:
+        tensors["model.layers.0.mlp.up_proj.weight"] = torch.zeros(64, 96)
     refused(capfd, "up_proj.weight: shape [64, 96] does not fit [96, 64]", "ranks", gpt)
     refused(capfd, "does not fit [96, 64]", "init", "pissa", gpt, tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from typing import Any
 
@@ -25,11 +26,22 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return run_python("-m", "peftkern", *arguments)
 
 
-def run_main(capfd: pytest.CaptureFixture, *arguments: str) -> subprocess.CompletedProcess:
-    """As `run`, in this process, which has imported already what it needs."""
+def told(capfd: pytest.CaptureFixture, *arguments: object, status: int = 0) -> str:
+    """What a command prints, run in this process, which has imported already what it needs.
+
+    It ends with this status, and complains of nothing where that is 0; bars of progress, which
+    transformers shows, are no complaint.
+    """
     capfd.readouterr()
-    status = main([*arguments])
-    return subprocess.CompletedProcess(arguments, status, *capfd.readouterr())
+    assert main([*map(str, arguments)]) == status
+    out, error = capfd.readouterr()
+    complaints = [line for line in error.splitlines() if line.strip() and "%|" not in line]
+    assert status or not complaints, error
+    return out
+
+
+def told_json(capfd: pytest.CaptureFixture, *arguments: object, status: int = 0) -> Any:
+    return json.loads(told(capfd, *arguments, "--json", status=status))
 
 
 def refused(capfd: pytest.CaptureFixture, complaint: str, *arguments: object) -> None:
