@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import told
 from paths import ROOT
 from peft_models import K, lora_net, make_linear4bit, patched_copy
 from processes import SITE, run_python_over, without
@@ -115,8 +116,7 @@ def test_this_machine_is_healthy(here):
 def test_details_are_told_when_asked(diagnosis, capfd, monkeypatch):
     """After the same screen, as wide; also where there is no finding, not even a note."""
     monkeypatch.setattr(doctor, "diagnose", lambda: replace(diagnosis, findings=[]))
-    assert main(["doctor", "--verbose"]) == 0
-    lines = capfd.readouterr().out.splitlines()
+    lines = told(capfd, "doctor", "--verbose").splitlines()
     assert lines[0] == f"peftkern {peftkern.__version__}: healthy"
     assert max(len(line) for line in lines if "/" not in line) <= 80
     titles = ("Machine", "Backends", "Who serves", "Packages", "Known", "Self-test", "Trust")

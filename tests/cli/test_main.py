@@ -14,7 +14,7 @@ import sys
 import bench_records as of
 import pytest
 from checkpoint_folders import save_llama
-from command_line import commands_of, refused, run
+from command_line import commands_of, refused, run, told
 from merged_folders import load, save_adapter
 from monitor_runs import start
 from monitor_runs import write as write_run
@@ -30,8 +30,7 @@ from peftkern.tools.tune import tune
 def test_version_is_the_package_s(capfd):
     done = run("version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{peftkern.__version__}\n", "")
-    assert main(["--version"]) == 0
-    assert capfd.readouterr() == (done.stdout, "")
+    assert told(capfd, "--version") == done.stdout
 
 
 LIGHT = """
@@ -57,8 +56,7 @@ def test_bad_input_is_one_line_and_status_2(capfd):
 @pytest.mark.parametrize("command", [name for name in commands_of(app) if name != "version"])
 def test_help_of_a_command_fits_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    assert main([*command.split(), "--help"]) == 0
-    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    lines = [line.rstrip() for line in told(capsys, *command.split(), "--help").splitlines()]
     assert any(f"peftkern {command}" in line for line in lines)
     prose = lines[: next(i for i, line in enumerate(lines) if line.startswith("╭"))]
     assert max(map(len, lines)) <= 80
@@ -121,7 +119,7 @@ def test_example_of_the_help_does_what_it_promises(name, tmp_path, monkeypatch):
 
 
 def test_help_is_shown_when_asked_and_when_nothing_is(capfd):
-    assert main(["--help"]) == 0 and "version" in capfd.readouterr().out
+    assert "version" in told(capfd, "--help")
     assert main([]) == 2 and "version" in "".join(capfd.readouterr())
 
 
@@ -178,8 +176,7 @@ def test_tables_fit_the_terminal_and_names_stand_whole(columns, tmp_path, monkey
     ours, theirs = of.provider("peftkern", 1.0), of.provider("bitsandbytes + PEFT, eval", 1.5)
     (tmp_path / "run.json").write_text(json.dumps(of.record(of.case(ours, theirs))))
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert main(["bench", f"--from={tmp_path / 'run.json'}"]) == 0
-    lines = capfd.readouterr().out.splitlines()
+    lines = told(capfd, "bench", f"--from={tmp_path / 'run.json'}").splitlines()
     assert max(map(len, lines)) <= columns
     assert "peftkern" in [line.split(" ")[0] for line in lines] and "1.50x" in "".join(lines)
     assert ("[0.952-1.05]" in "".join(lines)) == (columns > 40)

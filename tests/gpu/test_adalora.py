@@ -19,7 +19,7 @@ from adalora_cases import (
     layers,
     random_scores,
 )
-from gpu_runs import CUDA, NEEDS_GPU, launches, on_a_busy_stream
+from gpu_runs import CUDA, NEEDS_GPU, launches, nothing_waits, on_a_busy_stream
 from linear_cases import BF16, F16, F32
 from low_rank_svd_cases import check, graded, on_cpu
 from nf4_weights import assert_same_every_time
@@ -79,11 +79,8 @@ def test_allocation_with_limits_is_that_of_the_cpu_and_nothing_waits(kind, scale
     scores, budget = random_scores(kind, sum(ranks)), 4 * sum(cost)
     on_device, lora_E = scores.to(CUDA), [torch.ones(r, 1, device=CUDA) for r in ranks]
     adalora_allocate_(on_device, lora_E, budget, **limits)  # its tables are copied once
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         mask = adalora_allocate_(on_device, lora_E, budget, **limits)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     wanted = adalora_allocate_(scores, [torch.ones(r, 1) for r in ranks], budget, **limits)
     assert torch.equal(mask.cpu(), wanted)
 
@@ -148,12 +145,9 @@ def test_update_and_allocate_waits_for_nothing():
     allocator = allocator_on(CUDA, LLAMA_BLOCK * 2)
     for step in (1, 2):  # compiles, and remembers the tables of these shapes
         allocator.update_and_allocate(step)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         for step in (3, 4):
             allocator.update_and_allocate(step)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert allocator.mask.sum() == allocator.schedule(4)[0]
 
 
@@ -226,8 +220,5 @@ def test_svd_waits_for_nothing_in_few_launches():
     Bs, As = (to_cuda(factors) for factors in pairs([(4096, 4096, 16)] * 8))
     names = launches(lambda: low_rank_svd(Bs, As))
     assert 0 < len(names) <= SVD_LAUNCHES_MOST + 2, names  # rank and info start at zero
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         low_rank_svd(Bs, As)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

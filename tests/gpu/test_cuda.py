@@ -18,7 +18,7 @@ from cuda_cases import (
     with_splits,
 )
 from gpu_cases import NF4Operands, nf4_cases, same_bits
-from gpu_runs import CUDA, NEEDS_GPU, capture, on_a_busy_stream
+from gpu_runs import CUDA, NEEDS_GPU, capture, nothing_waits, on_a_busy_stream
 from linear_cases import BF16, F16, F32
 from low_rank_svd_cases import check as check_svd
 from low_rank_svd_cases import check_cores, graded, on_cpu
@@ -307,10 +307,7 @@ def test_low_rank_svd_waits_for_nothing_and_keeps_its_stream():
     As = [torch.randn(70, 400, device=CUDA) for _ in range(4)]
     wanted = low_rank_svd(Bs, As)
     late = [torch.zeros_like(B) for B in Bs]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         got = on_a_busy_stream(lambda: low_rank_svd(late, As), late, Bs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     for one, other in zip(got[:3], wanted[:3], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from gpu_cases import on_device
-from gpu_runs import CUDA, NEEDS_GPU, capture, launches, on_a_busy_stream
+from gpu_runs import CUDA, NEEDS_GPU, capture, launches, nothing_waits, on_a_busy_stream
 from grouped_cases import GRADIENTS, PAST, Grouped, check, grouped_operands, run_ops
 from linear_cases import BF16, F16, F32
 from nf4_weights import assert_same_bits, assert_same_every_time
@@ -87,11 +87,8 @@ def test_nothing_waits_for_the_device():
     o = drawn((128, 256, 16), BF16, F32, sizes=routed(100, 12))
     with peftkern.use_backend("triton"):
         run_ops(o)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             run_ops(o)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize(("needs", "most"), [([False] * 4, 2), ([True] * 4, 6)], ids=str)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from call_counts import calls_of
+from gpu_runs import nothing_waits
 from paths import ROOT
 from tolerances import HANG_SECONDS
 
@@ -231,15 +232,12 @@ def test_gpu_steps_are_timed_without_a_wait():
     x = torch.randn(2048, 2048, device="cuda")
     with TrainingMonitor("cuda", every=0) as monitor:
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")  # what waits for the device raises
-        try:
+        with nothing_waits():
             for _ in range(20):
                 x @ x
                 monitor.step(tokens=2048)
             monitor.record()
             memory = monitor.memory()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     summary = monitor.summary()
     assert (summary.steps, summary.tokens) == (20, 20 * 2048)
     assert 0 < summary.step_seconds < 1

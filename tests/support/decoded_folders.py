@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from checkpoint_folders import save_tensors
-from merged_folders import STACKS, load, make_mixture, mixture, save_base
+from merged_folders import STACKS, load, make_mixture, make_model, mixture, save_base
 from quantized_folders import convert
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,6 +24,15 @@ from peftkern.layers import BlockLinear
 from peftkern.layers.expert_stack import stacks_of
 from peftkern.tools.adapters import Adapter, Update, write_adapter
 from peftkern.tools.checkpoints.four_bit import FourBit
+
+# A format, and what makes the dense model: layers of each kind, and stacks of experts.
+KINDS = {
+    "llama, fp4": ("fp4", lambda: make_model(num_hidden_layers=1)),
+    "gpt2, int4": ("int4", lambda: make_model("GPT2", "LMHeadModel", hidden_size=128)),
+    "qwen3_moe, nf4": ("nf4", lambda: make_mixture("Qwen3Moe")),
+    "gpt_oss, nf4": ("nf4", lambda: make_mixture("GptOss")),
+    "gpt_oss, mxfp4": ("mxfp4", lambda: make_mixture("GptOss")),
+}
 
 
 def dense_values(model: PreTrainedModel) -> dict[str, Tensor]:

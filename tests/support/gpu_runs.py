@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import pytest
@@ -35,6 +36,16 @@ def on_a_busy_stream(
         result = call()
     torch.cuda.current_stream().wait_stream(stream)
     return result
+
+
+@contextmanager
+def nothing_waits() -> Iterator[None]:
+    """What waits for the device raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def capture(call: Callable[[], Result]) -> tuple[torch.cuda.CUDAGraph, Result]:

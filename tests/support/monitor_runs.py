@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from peftkern.tools.monitor.run import Run
+
 STEPS = 12
 LAYERS = 14
 
@@ -47,3 +49,9 @@ def start(**changed: Any) -> dict[str, Any]:
 def write(path: Path, *records: dict[str, Any], rest: str = "") -> Path:
     path.write_text("".join(json.dumps(record) + "\n" for record in records) + rest)
     return path
+
+
+def read(path: Path) -> Run:
+    run = Run(path)
+    run.read()
+    return run

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from command_line import refused
+from command_line import refused, told, told_json
 from paths import ROOT
 from peft_models import K, N, lora_net, make_linear4bit
 from plan_configs import LLAMA_CONFIG
@@ -26,7 +26,6 @@ from waiting import wait_until
 import peftkern
 from peftkern.backends import journal, trust
 from peftkern.backends.cpu import crossovers, nf4_lora_linear
-from peftkern.cli import main
 from peftkern.integrations.peft import trial
 from peftkern.tools.bench.cases import DTYPES
 from peftkern.tools.bench.processes import Process, WorkerGoneError
@@ -282,12 +281,10 @@ def test_experts_of_a_model_are_skipped_and_named(capfd, folder, tmp_path, monke
         words[0].split()[0],
     )
     monkeypatch.setattr(tune._Campaign, "run", lambda campaign, end: None)
-    assert main(["tune", "--model", str(tmp_path)]) == 0
-    said = capfd.readouterr().out
+    said = told(capfd, "tune", "--model", tmp_path)
     assert "Experts were skipped: a patched model tries them itself, in training:" in said
     assert all(f"  {word}" in said.splitlines() for word in words)
-    assert main(["tune", "--model", str(tmp_path), "--json"]) == 0
-    assert json.loads(capfd.readouterr().out)["experts"] == words
+    assert told_json(capfd, "tune", "--model", tmp_path)["experts"] == words
 
 
 def test_bad_options_are_one_line(capfd, tmp_path, monkeypatch):
@@ -316,9 +313,7 @@ def test_outcome_is_a_table_or_json(capfd, monkeypatch):
     slow = tune.Row("b", "class b", trust.PEER, "small dense product", None, None, False)
     outcome = tune.Outcome([right, slow], {"dense": 65536}, {"p": "wrong"}, ["c"], False, "/f", 2.0)
     monkeypatch.setattr(tune, "run", lambda job, progress: outcome)
-    assert main(["tune", "--shape", "4x4", "--json"]) == 0
-    assert json.loads(capfd.readouterr().out) == outcome.as_dict()
-    assert main(["tune", "--shape", "4x4"]) == 0
-    out = capfd.readouterr().out
+    assert told_json(capfd, "tune", "--shape", "4x4") == outcome.as_dict()
+    out = told(capfd, "tune", "--shape", "4x4")
     assert ["a", "0.50", "0.75", "peftkern"] in [line.split() for line in out.splitlines()]
     assert "dense: kernels pay from 65,536 values on" in out and "demoted: p: wrong" in out

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_folders import save_llama
-from decoded_folders import decode
-from merged_folders import load, make_mixture, make_model, save_base
+from decoded_folders import KINDS, decode
+from merged_folders import load, save_base
 from quantized_folders import convert
 from torch import Tensor
 
@@ -16,13 +16,6 @@ from peftkern.tools.adapters import Adapter, AdapterError
 from peftkern.tools.adapters.extract import ExtractRule, extract
 
 PLANTED = 3
-KINDS = {
-    "llama, fp4": ("fp4", lambda: make_model(num_hidden_layers=1)),
-    "gpt2, int4": ("int4", lambda: make_model("GPT2", "LMHeadModel", hidden_size=128)),
-    "qwen3_moe, nf4": ("nf4", lambda: make_mixture("Qwen3Moe")),
-    "gpt_oss, nf4": ("nf4", lambda: make_mixture("GptOss")),
-    "gpt_oss, mxfp4": ("mxfp4", lambda: make_mixture("GptOss")),
-}
 
 
 def tune(base: Path, folder: Path, size: float = 0.3, layers: str = "") -> Path:

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
-from decoded_folders import decode, dense_values, large_experts
+from checkpoint_folders import configure
+from decoded_folders import KINDS, decode, dense_values, large_experts
 from merged_folders import load, make_mixture, make_model, save_base
 from peak_memory import growth
 from quantized_folders import convert
 
 from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from peftkern.tools.checkpoints.decoded import decoded
-
-KINDS = {
-    "llama, nf4": ("nf4", lambda: make_model(num_hidden_layers=1)),
-    "gpt2, int4": ("int4", lambda: make_model("GPT2", "LMHeadModel", hidden_size=128)),
-    "qwen3_moe, nf4": ("nf4", lambda: make_mixture("Qwen3Moe")),
-    "gpt_oss, nf4": ("nf4", lambda: make_mixture("GptOss")),
-    "gpt_oss, mxfp4": ("mxfp4", lambda: make_mixture("GptOss")),
-}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -79,8 +71,6 @@ def test_experts_are_read_one_at_a_time(tmp_path: Path, family: str, format: str
 
 def test_what_is_quantized_otherwise_is_refused(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_model(num_hidden_layers=1))
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq"}
-    (base / "config.json").write_text(json.dumps(config))
+    configure(base, quantization_config={"quant_method": "gptq"})
     with pytest.raises(CheckpointError, match="got quant_method 'gptq'"):
         decoded(read_checkpoint(base, quantized=True))

@@ -6,30 +6,20 @@ import xml.etree.ElementTree as ET
 
 import browser
 import pytest
-from monitor_runs import record_adalora, start, step, write
+from monitor_runs import read, record_adalora, start, step, write
 
 from peftkern.tools.monitor import page
-from peftkern.tools.monitor.run import Run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    run = Run(record_adalora(tmp_path_factory.mktemp("adalora") / "run.jsonl"))
-    run.read()
-    return run
+    return read(record_adalora(tmp_path_factory.mktemp("adalora") / "run.jsonl"))
 
 
 @pytest.fixture
 def other(tmp_path):
-    run = Run(
-        write(
-            tmp_path / "other.jsonl",
-            start(),
-            *(step(i, cuda_allocated_bytes=2**30) for i in range(1, 2001)),
-        )
-    )
-    run.read()
-    return run
+    steps = (step(i, cuda_allocated_bytes=2**30) for i in range(1, 2001))
+    return read(write(tmp_path / "other.jsonl", start(), *steps))
 
 
 def labels(runs) -> list[str]:
@@ -66,19 +56,16 @@ def test_two_runs_share_their_charts(run, other):
 
 
 def test_numbers_that_are_not_finite_leave_no_trace(tmp_path):
-    run = Run(write(tmp_path / "run.jsonl", start(), step(1), step(2, loss=None), step(3)))
-    run.read()
+    run = read(write(tmp_path / "run.jsonl", start(), step(1), step(2, loss=None), step(3)))
     assert "nan" not in page.svg([run]).lower()
-    run = Run(write(tmp_path / "none.jsonl", start()))
-    run.read()
+    run = read(write(tmp_path / "none.jsonl", start()))
     ET.fromstring(page.svg([run]))
     assert labels([run]) == []
 
 
 def test_a_page_holds_charts_tables_and_nothing_that_a_name_smuggles_in(run, tmp_path):
     path = write(tmp_path / "<img src=x>.jsonl", start(device_name="<script>"), step(1))
-    hostile = Run(path)
-    hostile.read()
+    hostile = read(path)
     text = page.html([run, hostile])
     assert text.count("<svg") == len(labels([run, hostile]))
     assert "<img" not in text and text.count("<script") == 1  # the base template's own

@@ -6,7 +6,7 @@ import json
 import math
 
 import pytest
-from monitor_runs import start, step, write
+from monitor_runs import read, start, step, write
 
 from peftkern.monitor import TrainingMonitor
 from peftkern.tools.monitor.run import Mask, Run
@@ -17,12 +17,6 @@ PRUNED = {"a.q": [1], "a.k": [0]}
 
 def mask(**of: object) -> dict[str, object]:
     return {"type": "ranks", "step": 1, "ranks": {"q": 1}, **of}
-
-
-def read(path) -> Run:
-    run = Run(path)
-    run.read()
-    return run
 
 
 def test_what_a_monitor_writes_is_what_is_read(tmp_path):

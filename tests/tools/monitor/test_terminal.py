@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from monitor_runs import start, step, write
+from monitor_runs import read, start, step, write
 
 from peftkern.tools.monitor import terminal
-from peftkern.tools.monitor.run import Run
 
 
 def test_values_are_as_high_as_their_share_of_the_bounds():
@@ -26,8 +25,7 @@ def test_a_column_shows_the_mean_of_its_steps_and_repeats_until_the_next():
 
 @pytest.mark.parametrize("columns", ["20", "300"])
 def test_any_width_will_do(tmp_path, capfd, monkeypatch, columns):
-    run = Run(write(tmp_path / "run.jsonl", start(), step(1), step(2)))
-    run.read()
+    run = read(write(tmp_path / "run.jsonl", start(), step(1), step(2)))
     monkeypatch.setenv("COLUMNS", columns)
     terminal.show([run, run])
     assert "█" in capfd.readouterr().out
