@@ -28,6 +28,7 @@ from linear_cases import (
     trials,
     with_gradients,
 )
+from nf4_weights import assert_same_every_time
 from processes import run_code
 from tolerances import HANG_SECONDS
 
@@ -98,14 +99,10 @@ def test_unknown_isa_lists_what_there_is(monkeypatch):
 @pytest.mark.parametrize(("M", "dtype"), thinned([1, 3, 16, 37, 300], [F32, BF16]))
 def test_many_panels_on_each_isa(isa, M, dtype):
     """Sizes that no tile divides, over several panels of both dimensions, on two threads."""
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        check_accuracy([nf4_operands((M, 523, 2110, 17), dtype, F32)], ours)
-        aligned = {"blocksize": 128, "bias": False}
-        check_accuracy([nf4_operands((M, 512, 1024, 16), dtype, F32, **aligned)], ours)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    check_accuracy([nf4_operands((M, 523, 2110, 17), dtype, F32)], ours)
+    aligned = {"blocksize": 128, "bias": False}
+    check_accuracy([nf4_operands((M, 512, 1024, 16), dtype, F32, **aligned)], ours)
 
 
 @pytest.fixture(params=["dot products", "panels", "both"])
@@ -164,15 +161,7 @@ def test_every_scale_of_nvfp4_beside_any_of_the_tensor(isa, tensor_scale):
 def test_few_rows_are_deterministic(isa, path, dtype):
     """Twenty runs, and any number of threads: the same bits."""
     o = nf4_operands((11, 130, 1088, 8), dtype, F32)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for run in range(20):
-            torch.set_num_threads(1 + run % 3)
-            results.append(ours(o, o.x, o.lora_A, o.lora_B, o.bias))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results)
+    assert_same_every_time(lambda: [ours(o, o.x, o.lora_A, o.lora_B, o.bias)], threads=(1, 2, 3))
 
 
 # Instructions for 128 weights and M rows of x in the compiled loops: about those for 1 to 8 rows of
@@ -228,13 +217,9 @@ def test_choice_of_path_makes_no_cliff(isa, dtype, code):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_thread_counts(threads):
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        check_accuracy([nf4_operands((65, 130, 200, 8), BF16, F32)], ours)
-        check_accuracy([nf4_operands((1, 515, 200, 8), BF16, F32)], ours)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    check_accuracy([nf4_operands((65, 130, 200, 8), BF16, F32)], ours)
+    check_accuracy([nf4_operands((1, 515, 200, 8), BF16, F32)], ours)
 
 
 def test_eight_python_threads():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from grids import thinned
 from linear_cases import BF16, F32, F64
+from nf4_weights import assert_same_every_time
 from torch import Tensor
 
 import peftkern
@@ -97,18 +98,13 @@ def test_one_weight_for_all_groups(isa):
 
 def test_same_bits_for_any_number_of_threads(isa):
     case = Case(192, 320, double_quant=False)
-    before = torch.get_num_threads()
-    try:
-        for dtype in (F32, BF16):
-            for transposed in (False, True):
-                x = torch.randn(case.R, 192 if transposed else 320).to(dtype)
-                results = []
-                for run in range(9):
-                    torch.set_num_threads(1 + run % 3)
-                    results.append(case.run(x, None, transposed, False, dtype))
-                assert all(torch.equal(results[0], other) for other in results)
-    finally:
-        torch.set_num_threads(before)
+    for dtype in (F32, BF16):
+        for transposed in (False, True):
+            x = torch.randn(case.R, 192 if transposed else 320).to(dtype)
+            options = (x, None, transposed, False, dtype)
+            assert_same_every_time(
+                lambda options=options: [case.run(*options)], 9, threads=(1, 2, 3)
+            )
 
 
 def test_no_rows_and_no_groups():

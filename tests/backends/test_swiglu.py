@@ -47,12 +47,8 @@ def operands(rows: int, inner: int, dtype: torch.dtype, scale: float = 1.0) -> l
 def test_as_accurate_as_torch(rows, inner, dtype, scale, threads, seed):
     torch.manual_seed(seed)
     args = operands(rows, inner, dtype, min(scale, 4.0) if dtype is F16 else scale)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        results = [ours(*args), eager(*args), eager(*(t.double() for t in args))]
-    finally:
-        torch.set_num_threads(before)
+    results = [ours(*args), eager(*args), eager(*(t.double() for t in args))]
     for got, plain, right in zip(*results, strict=True):
         assert_as_accurate_as_torch(got, plain, right)
 

@@ -71,16 +71,10 @@ def test_importance_misaligned_strided_and_absent_gradients(every_kernel: str) -
 def test_importance_does_not_depend_on_threads(every_kernel: str) -> None:
     params = make_params([(12, 3000, 4000), (7, 5000, 100), (4, 40, 40)])
     grads = [torch.randn_like(p) for p in params]
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 8):
-            torch.set_num_threads(count)
-            results.append(importance(params, [grads, grads], F32))
-    finally:
-        torch.set_num_threads(threads)
-    if every_kernel not in PLAIN:
-        for result in results[1:]:
-            assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    threads = (1, 1) if every_kernel in PLAIN else (1, 2, 3, 8)
+    assert_same_every_time(
+        lambda: importance(params, [grads, grads], F32), len(threads), threads=threads
+    )
 
 
 def test_importance_and_loss_are_deterministic(backend: str) -> None:

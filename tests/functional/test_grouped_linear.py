@@ -19,6 +19,7 @@ from grouped_cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from nf4_weights import assert_same_every_time
 from tolerances import SMALL_ADAPTER_RTOL
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -152,16 +153,9 @@ def test_factors_keep_their_strides(backend):
 @pytest.mark.parametrize("nf4", [False, True])
 def test_same_bits(every_backend, nf4):
     """On repeat, and of kernels with any number of threads."""
-    o, before = grouped_operands(BF16, F32, N=96, K=128, nf4=nf4), torch.get_num_threads()
-    runs = []
-    try:
-        for threads in (1, 1) if every_backend in PLAIN else (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            runs.append(with_gradients(o, ours))
-    finally:
-        torch.set_num_threads(before)
-    for run in runs[1:]:
-        assert all(torch.equal(value, runs[0][name]) for name, value in run.items())
+    o = grouped_operands(BF16, F32, N=96, K=128, nf4=nf4)
+    threads = (1, 1) if every_backend in PLAIN else (1, 2, 3, 2)
+    assert_same_every_time(lambda: with_gradients(o, ours).values(), len(threads), threads=threads)
 
 
 def test_gradcheck():

@@ -26,6 +26,7 @@ from low_rank_svd_cases import (
     orthonormal,
     ragged,
 )
+from nf4_weights import assert_same_every_time
 from tolerances import FUZZ_SVD_SHARE, SVD_BOUNDS, SVD_BOUNDS_64
 
 import peftkern
@@ -183,15 +184,7 @@ def test_bits_do_not_depend_on_threads(every_kernel, r):
     Bs, As = [torch.randn(3000, r), torch.randn(70, r)], [torch.randn(r, 2500), torch.randn(r, 9)]
     Bs.append(graded(2100, 50, r, 1e6)[0].float())  # a second pass
     As.append(torch.randn(r, 4100))
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            runs.append(low_rank_svd(Bs, As))
-    finally:
-        torch.set_num_threads(before)
-    for run in runs[1:]:
-        assert all(equal(of_layer(run, i), of_layer(runs[0], i)) for i in range(3))
+    assert_same_every_time(lambda: low_rank_svd(Bs, As), 4, threads=(1, 2, 3, 7))
 
 
 def test_bit_identical(every_kernel):

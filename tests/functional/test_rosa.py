@@ -8,6 +8,7 @@ from grids import thinned
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import BF16, F16, F32, F64
+from nf4_weights import assert_same_every_time
 from rosa_cases import (
     SHAPES,
     assert_exact,
@@ -16,11 +17,12 @@ from rosa_cases import (
     check_wide_columns,
     formula,
     operands,
+    products,
     products_of_layout,
     random_mask,
     whole_numbers,
 )
-from tolerances import DETERMINISM_RUNS, GRADCHECK
+from tolerances import GRADCHECK
 
 import peftkern
 from peftkern.backends import ops
@@ -88,22 +90,12 @@ def test_reference_products_of_every_part(monkeypatch, chunk):
             check_products(*shape, F32, torch.int32)
 
 
-def test_products_are_deterministic(every_kernel, monkeypatch):
+def test_products_are_deterministic(every_kernel):
     mask, values = random_mask((130, 90), 3000), torch.randn(3000)
     x, y = torch.randn(300, 90), torch.randn(300, 130)
-    results = []
-    before = torch.get_num_threads()
-    try:
-        for run in range(DETERMINISM_RUNS):
-            if every_kernel not in PLAIN:  # torch's sums may depend on threads, ours do not
-                torch.set_num_threads(1 + run % 3)
-            got = y.clone()
-            ops.rosa_spmm_(got, x, values, mask.crow, mask.col, None)
-            results.append((got, ops.rosa_sddmm(y, x, mask.crow, mask.col)))
-    finally:
-        torch.set_num_threads(before)
-    for got in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(got, results[0], strict=True))
+    # torch's sums may depend on threads, ours do not
+    threads = () if every_kernel in PLAIN else (1, 2, 3)
+    assert_same_every_time(lambda: products(x, y, values, mask), threads=threads)
 
 
 def test_nan_and_inf_stay_in_their_rows(every_kernel):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from linear_cases import BF16, F16, F32, F64
 from low_rank_svd_cases import orthonormal
+from nf4_weights import assert_same_every_time
 from tolerances import (
     BOUND_FAILED,
     BOUND_RTOL,
@@ -254,17 +255,14 @@ def test_bits_do_not_depend_on_threads(rank):
     w = quantize_nf4(torch.randn(1100, 2048))
     weights = [torch.randn(2048, 1030), w, torch.randn(530, 600), torch.randn(9, 300_000)]
     weights += [torch.randn(6000, 400), torch.randn(400, 6000)]
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            runs.append(truncated_svd(weights, rank, sweeps=3, certify=True))
-            assert torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
-    for run in runs[1:]:
-        for column, first in zip(run, runs[0], strict=True):
-            assert all(torch.equal(*pair) for pair in zip(column, first, strict=True))
+
+    def call() -> TruncatedSVD:
+        before = torch.get_num_threads()
+        svd = truncated_svd(weights, rank, sweeps=3, certify=True)
+        assert torch.get_num_threads() == before
+        return svd
+
+    assert_same_every_time(call, 3, threads=(1, 2, 7))
 
 
 def test_panels_are_joined_for_products_of_one_stored_weight(monkeypatch):
@@ -272,7 +270,7 @@ def test_panels_are_joined_for_products_of_one_stored_weight(monkeypatch):
     monkeypatch.setattr("peftkern.functional.panels._ON_CPU", 1 << 14)
     monkeypatch.setattr("peftkern.functional.panels._LEAST", 1)
     W = torch.randn(1100, 576)
-    w, before = quantize_nf4(W), torch.get_num_threads()
+    w = quantize_nf4(W)
     for weight, minus, joined in (
         (W, None, 4),
         (w, None, 4),
@@ -284,31 +282,24 @@ def test_panels_are_joined_for_products_of_one_stored_weight(monkeypatch):
         found = panels.product_slices
         assert {rows.stop - rows.start for rows in found[:-1]} == {joined * panels.rows}
         assert [i for rows in found for i in range(rows.start, rows.stop)] == [*range(panels.m)]
-    runs = []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            runs.append(truncated_svd([w, W], 8, sweeps=3, certify=True))
-    finally:
-        torch.set_num_threads(before)
-    for run in runs[1:]:
-        for column, first in zip(run, runs[0], strict=True):
-            assert all(torch.equal(*pair) for pair in zip(column, first, strict=True))
-    check(TruncatedSVD(*(column[1] for column in runs[0])), W, 8, float(runs[0].certificate[1]))
+
+    def call() -> TruncatedSVD:
+        return truncated_svd([w, W], 8, sweeps=3, certify=True)
+
+    assert_same_every_time(call, 3, threads=(1, 2, 7))
+    svd = TruncatedSVD(*(column[1] for column in call()))
+    check(svd, W, 8, float(svd.certificate))
 
 
 def test_inference_mode_and_a_forced_back_end_reach_all_threads():
-    w, before = quantize_nf4(torch.randn(1100, 2048)), torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        svd = truncated_svd(w, 4)
-        with torch.inference_mode():
-            assert torch.equal(truncated_svd(w, 4).S, svd.S)
-        peftkern.reset_stats()
-        with peftkern.use_backend("reference"):
-            again = truncated_svd(w, 4)
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(2)
+    w = quantize_nf4(torch.randn(1100, 2048))
+    svd = truncated_svd(w, 4)
+    with torch.inference_mode():
+        assert torch.equal(truncated_svd(w, 4).S, svd.S)
+    peftkern.reset_stats()
+    with peftkern.use_backend("reference"):
+        again = truncated_svd(w, 4)
     assert torch.allclose(again.S, svd.S, rtol=TRUNCATED_ORDER)
     assert "reference" in str(peftkern.stats()) and "cpu" not in str(peftkern.stats())
 
@@ -330,7 +321,7 @@ def test_nothing_has_a_gradient_and_lower_precisions_do_not_reach_it():
 
 def test_calls_that_overlap_leave_threads_and_precision_as_they_were():
     """The first to begin ends first; the other one is a new thread's."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    precision = torch.get_float32_matmul_precision()
     begun, ended, seen = threading.Event(), threading.Event(), []
     x = torch.randn(256, 256)
     full = x @ x
@@ -360,7 +351,6 @@ def test_calls_that_overlap_leave_threads_and_precision_as_they_were():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         ended.set()
-        torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
     assert seen == [True, 1, 1, 1, 1, 3]
 
@@ -396,15 +386,12 @@ def test_results_and_buffers_of_panels_do_not_add_up(monkeypatch):
         held.append(alive(grams))
         return part
 
-    own, held, threads = svd_module._gram, [], torch.get_num_threads()
+    own, held = svd_module._gram, []
     monkeypatch.setattr(Panels, "read", read)
     monkeypatch.setattr(svd_module, "_gram", gram)
     monkeypatch.setattr(svd_module, "_TOGETHER", 1)
-    try:
-        torch.set_num_threads(1)
-        truncated_svd([torch.randn(1024, 64).bfloat16() for _ in range(6)], 4)
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    truncated_svd([torch.randn(1024, 64).bfloat16() for _ in range(6)], 4)
     assert most[0] <= 2 and len(held) == 6 * 16 and max(held) <= 2
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,12 +38,19 @@ def assert_same_bits(got: Any, expected: Any) -> None:
 
 
 def assert_same_every_time(
-    call: Callable[[], Iterable[Tensor]], runs: int = DETERMINISM_RUNS
+    call: Callable[[], Iterable[Any]], runs: int = DETERMINISM_RUNS, threads: Sequence[int] = ()
 ) -> None:
-    """Every run gives the same bits."""
-    first = tuple(call())
-    for _ in range(runs - 1):
-        assert_same_bits(call(), first)
+    """Every run gives the same bits, each on the next of these numbers of threads.
+
+    The next test has its own number again, by a fixture that all tests have.
+    """
+    first = None
+    for run in range(runs):
+        if threads:
+            torch.set_num_threads(threads[run % len(threads)])
+        found = tuple(call())
+        first = found if first is None else first
+        assert_same_bits(found, first)
 
 
 def random_weight(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
