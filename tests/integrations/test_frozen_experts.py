@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-import transformers
+from expert_models import VOCABULARY, tiny_moe
 from peft import LoraConfig, get_peft_model
 from processes import run_code
 from torch import Tensor, nn
@@ -17,24 +17,12 @@ from peftkern.integrations.transformers import serve_nf4_experts, stop_serving
 from peftkern.layers.expert_stack import stacks_of
 from peftkern.layers.nf4_stack import NF4Stack
 
-SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 2}
-SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-LOCAL = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
-FAMILIES = {
-    "Qwen3Moe": SIZES | {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
-    "GptOss": LOCAL,
-    "Mixtral": LOCAL,
-}
+FAMILIES = ["Qwen3Moe", "GptOss", "Mixtral"]
 IDS = torch.arange(12).view(2, 6)
 
 
 def quantized(family: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{family}Config")(**FAMILIES[family])
-    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.1)
+    model = tiny_moe(family).to(dtype)
     peftkern.quantize_(model, include=["experts"])
     return model
 
@@ -91,7 +79,7 @@ def test_what_was_chosen_stays():
     model.set_experts_implementation("eager")
     assert serve_nf4_experts(model) == []
     assert model.config._experts_implementation == "eager"
-    dense = transformers.MixtralForCausalLM(transformers.MixtralConfig(**LOCAL))
+    dense = tiny_moe("Mixtral")
     assert serve_nf4_experts(dense) == []
     assert dense.config._experts_implementation == "grouped_mm"
 
@@ -201,4 +189,4 @@ def test_a_pickled_model_runs_in_another_process(tmp_path):
     torch.save(model, tmp_path / "model.pt")
     code = "import sys, torch; model = torch.load(sys.argv[1], weights_only=False)\n"
     code += "print(tuple(model(torch.arange(12).view(2, 6)).logits.shape))"
-    assert run_code(code, tmp_path / "model.pt").strip().endswith("(2, 6, 32)")
+    assert run_code(code, tmp_path / "model.pt").strip().endswith(f"(2, 6, {VOCABULARY})")

@@ -8,51 +8,22 @@ import weakref
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from expert_models import add_experts_lora, expert_parameters, tiny_moe
+from peft import prepare_model_for_kbit_training
 from torch import nn
-from transformers import (
-    GptOssConfig,
-    GptOssForCausalLM,
-    JetMoeConfig,
-    JetMoeForCausalLM,
-    Llama4ForCausalLM,
-    Llama4TextConfig,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
-)
 
 import peftkern
 from peftkern.layers.expert_stack import stacks_of
 from peftkern.layers.nf4_stack import NF4Stack
 
-SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1}
-SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16}
-EXPERTS = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
-FAMILIES = {
-    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**EXPERTS)),
-    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**EXPERTS)),
-    "llama4": lambda: Llama4ForCausalLM(Llama4TextConfig(**EXPERTS, intermediate_size_mlp=32)),
-    "jetmoe": lambda: JetMoeForCausalLM(
-        JetMoeConfig(**SIZES, kv_channels=16, num_local_experts=4, num_experts_per_tok=2)
-    ),
-}
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 IDS = torch.arange(12).view(2, 6)
 
 
-def mixtral(implementation: str = "eager", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = FAMILIES["mixtral"]().to(dtype)
+def mixtral(implementation: str = "eager", dtype: torch.dtype = torch.float32) -> nn.Module:
+    model = tiny_moe("Mixtral", num_hidden_layers=1).to(dtype).train()
     model.set_experts_implementation(implementation)
     return model
-
-
-def adapted(model: nn.Module) -> PeftModel:
-    torch.manual_seed(1)
-    targets = ["experts.gate_up_proj", "experts.down_proj"]
-    settings = {"r": 2, "target_modules": [], "target_parameters": targets}
-    return get_peft_model(model, LoraConfig(**settings, init_lora_weights=False))
 
 
 def dequantized(model: nn.Module) -> nn.Module:
@@ -80,13 +51,13 @@ def assert_same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor])
         assert torch.equal(value, wanted[name]), name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["Mixtral", "GptOss", "Llama4Text", "JetMoe"])
 def test_every_family_reads_its_experts(family):
-    torch.manual_seed(0)
-    model = FAMILIES[family]()
+    model = tiny_moe(family)
+    wanted = set(expert_parameters(model))
     names = peftkern.quantize_(model)
     stacks = {f"{path}.{own}" for path, m in model.named_modules() for own in stacks_of(m)}
-    assert len(stacks) == (4 if family == "jetmoe" else 2) and stacks <= set(names)
+    assert stacks == wanted <= set(names)
     assert torch.equal(model(input_ids=IDS).logits, dequantized(model)(input_ids=IDS).logits)
 
 
@@ -96,9 +67,9 @@ def test_peft_before_and_after(implementation, dtype):
     before = mixtral(implementation, dtype)
     names = peftkern.quantize_(before)
     assert names[-2:] == [f"model.layers.0.mlp.experts.{n}_proj" for n in ("gate_up", "down")]
-    wanted = step(adapted(dequantized(before)))
-    assert_same(step(adapted(before)), wanted)
-    after = adapted(mixtral(implementation, dtype))
+    wanted = step(add_experts_lora(dequantized(before)))
+    assert_same(step(add_experts_lora(before)), wanted)
+    after = add_experts_lora(mixtral(implementation, dtype))
     peftkern.quantize_(after)
     assert_same(step(after), wanted)
 
@@ -129,18 +100,18 @@ def test_k_bit_preparation_keeps_the_bytes_and_trains(reentrant):
     model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs=kwargs)
     stack = experts.gate_up_proj
     assert isinstance(stack, NF4Stack) and torch.equal(stack._packed, packed)
-    model = adapted(model)
+    model = add_experts_lora(model)
     found = step(model)
     model.base_model.model.gradient_checkpointing_disable()
     assert_same(found, step(model))
 
 
 def test_a_merge_is_quantized_again_and_reported():
-    model = adapted(mixtral())
+    model = add_experts_lora(mixtral())
     peftkern.quantize_(model, include=["experts"])
     with torch.no_grad():
         adapter = model(input_ids=IDS).logits
-        with pytest.warns(UserWarning, match="4 of 4 experts were quantized to NF4 again"):
+        with pytest.warns(UserWarning, match="6 of 6 experts were quantized to NF4 again"):
             model.merge_adapter()
         merged = model(input_ids=IDS).logits
         with model.disable_adapter(), pytest.warns(UserWarning, match="quantized to NF4 again"):
@@ -149,9 +120,9 @@ def test_a_merge_is_quantized_again_and_reported():
 
 
 def test_save_and_load():
-    model = adapted(mixtral())
+    model = add_experts_lora(mixtral())
     peftkern.quantize_(model)
-    twin = adapted(mixtral())
+    twin = add_experts_lora(mixtral())
     torch.manual_seed(7)
     for parameter in twin.parameters():
         nn.init.normal_(parameter)

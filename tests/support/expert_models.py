@@ -105,9 +105,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
 REFUSED = {"Llama4Text": "Llama4TextExperts", "JetMoe": "JetMoeParallelExperts"}
 
 
-def tiny_moe(family: str = "Qwen3Moe", *, seed: int = 0) -> nn.Module:
+def tiny_moe(family: str = "Qwen3Moe", *, seed: int = 0, **sizes: int) -> nn.Module:
     """A causal model of one or two layers of experts."""
-    own = FAMILIES.get(family, {})
+    own = {**FAMILIES.get(family, {}), **sizes}
     config = getattr(transformers, f"{family}Config")(**{**_SIZES, **own})
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
