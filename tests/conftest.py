@@ -33,6 +33,7 @@ from hypothesis import HealthCheck, settings
 from tolerances import FUZZ_EXAMPLES, FUZZ_EXAMPLES_LONG, FUZZ_EXAMPLES_MORE, FUZZ_EXAMPLES_WIDE
 
 import peftkern
+from peftkern.backends import trust
 from peftkern.backends.cpu import module as cpu
 from peftkern.backends.cuda import module as cuda
 from peftkern.backends.programs import PLAIN
@@ -188,6 +189,16 @@ def small_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     import peft_models  # and with it PEFT, transformers and bitsandbytes
 
     peft_models.take_small_layers(monkeypatch.setattr)
+
+
+@pytest.fixture
+def own_trust(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A cache folder of the test's own, and the mode that users have."""
+    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path / "cache"))
+    trust.reset()
+    with trust.use_mode("auto"):
+        yield
+    trust.reset()
 
 
 @pytest.fixture

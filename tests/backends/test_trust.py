@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +35,8 @@ CASES = op_cases()
 
 
 @pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A cache folder of the test's own, and the mode that users have."""
-    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path / "cache"))
-    trust.reset()
+def nothing_counted(own_trust: None) -> None:
     peftkern.reset_stats()
-    with trust.use_mode("auto"):
-        yield
-    trust.reset()
 
 
 def native(op: str) -> dispatch.Candidate:

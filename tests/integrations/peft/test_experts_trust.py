@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from expert_models import (
@@ -23,19 +21,9 @@ import peftkern
 from peftkern.backends import contest, trust
 from peftkern.integrations.peft import trial
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "own_trust")
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 60, (2, 9), generator=torch.Generator().manual_seed(8))
-
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A cache folder of the test's own, and the mode that users have."""
-    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path / "cache"))
-    trust.reset()
-    with trust.use_mode("auto"):
-        yield
-    trust.reset()
 
 
 @pytest.mark.parametrize("side", [trust.OURS, trust.PEER])

@@ -357,26 +357,23 @@ def test_a_class_registered_again_gets_the_new_function():
     assert type(one) is LoRALinear
 
 
-def test_trust_is_earned(tmp_path, monkeypatch):
-    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path))
+@pytest.mark.usefixtures("own_trust")
+def test_trust_is_earned(monkeypatch):
     monkeypatch.setattr(contest, "SLOWER", float("inf"))
     module, twin = pair(layer())
-    trust.reset()
-    with trust.use_mode("auto"):
-        assert peftkern.patch(twin).unmeasured == 1
-        peftkern.reset_stats()
-        optimizers = [torch.optim.SGD(one.parameters(), lr=1e-3) for one in (module, twin)]
-        for _ in range(4):
-            x = torch.randn(200, K)
-            for one, optimizer in zip((module, twin), optimizers, strict=True):
-                optimizer.zero_grad()
-                one(x).square().mean().backward()
-                optimizer.step()
-        assert peftkern.patch(twin).unmeasured == 0
-        names = list(trust.ledger(torch.device("cpu")).classes)
-        assert len(names) == 1 and "LoRA in LoRALinear 96x64 r=4" in names[0]
-        peftkern.reset_stats()
-        twin(x)
-        assert served_by_us() == 1
+    assert peftkern.patch(twin).unmeasured == 1
+    peftkern.reset_stats()
+    optimizers = [torch.optim.SGD(one.parameters(), lr=1e-3) for one in (module, twin)]
+    for _ in range(4):
+        x = torch.randn(200, K)
+        for one, optimizer in zip((module, twin), optimizers, strict=True):
+            optimizer.zero_grad()
+            one(x).square().mean().backward()
+            optimizer.step()
+    assert peftkern.patch(twin).unmeasured == 0
+    names = list(trust.ledger(torch.device("cpu")).classes)
+    assert len(names) == 1 and "LoRA in LoRALinear 96x64 r=4" in names[0]
+    peftkern.reset_stats()
+    twin(x)
+    assert served_by_us() == 1
     torch.testing.assert_close(twin.state_dict(), module.state_dict())
-    trust.reset()

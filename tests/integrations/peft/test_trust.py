@@ -31,18 +31,9 @@ import peftkern
 from peftkern.backends import contest, device, journal, trust
 from peftkern.integrations.peft import casts, trial
 
+pytestmark = pytest.mark.usefixtures("own_trust")
 STEPS = 6
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A cache folder of the test's own, and the mode that users have."""
-    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path / "cache"))
-    trust.reset()
-    with trust.use_mode("auto"):
-        yield
-    trust.reset()
 
 
 @pytest.fixture(scope="module")

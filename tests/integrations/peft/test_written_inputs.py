@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftkern
-from peftkern.backends import trust
 from peftkern.integrations.peft import written_inputs
 
 BF16 = torch.bfloat16
@@ -263,20 +262,17 @@ def test_a_graph_has_no_copies() -> None:
     assert layer_of(model) not in written_inputs._layers
 
 
-def test_trials_learn_nothing(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("own_trust")
+def test_trials_learn_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their inputs are copies that nobody writes to."""
-    monkeypatch.setenv("PEFTKERN_CACHE", str(tmp_path))
     monkeypatch.setattr("peftkern.backends.contest.SLOWER", 1e9)
-    trust.reset()
-    with trust.use_mode("auto"):
-        model = patched("dropout")
-        for _ in range(6):
-            step(model)
-            with torch.no_grad():  # an optimizer's step
-                for p in model.parameters():
-                    p.add_(0)
+    model = patched("dropout")
+    for _ in range(6):
+        step(model)
+        with torch.no_grad():  # an optimizer's step
+            for p in model.parameters():
+                p.add_(0)
     assert served_by_us() > 2 and counted() > 0
-    trust.reset()
 
 
 def test_calls_that_save_nothing_pay_nothing() -> None:
