@@ -20,9 +20,9 @@ from grouped_cases import (
 from hypothesis import given
 from hypothesis import strategies as st
 from nf4_weights import assert_same_every_time
+from peak_memory import LargestTensor
 from tolerances import SMALL_ADAPTER_RTOL
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern.backends.programs import PLAIN
@@ -172,25 +172,12 @@ def test_gradcheck():
     assert torch.autograd.gradgradcheck(function, (x, *others))
 
 
-class Largest(TorchDispatchMode):
-    """The size of the largest tensor that an op has returned."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for part in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(part, Tensor):
-                self.numel = max(self.numel, part.numel())
-        return result
-
-
 @pytest.mark.parametrize("nf4", [False, True])
 def test_nothing_of_the_size_of_the_stack(nf4):
     """Neither a gradient of it, nor a delta, nor what it decodes to."""
     o = grouped_operands(BF16, F32, N=64, K=128, sizes=(1,) * 40, nf4=nf4)
     stack = o.weight.numel()
-    with Largest() as largest:
+    with LargestTensor() as largest:
         with_gradients(o, ours)
     assert 0 < largest.numel < stack / 4
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from accelerate.utils import set_module_tensor_to_device
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
+from peak_memory import LargestTensor
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftkern import NF4Weight, dequantize_nf4, quantize_nf4
 from peftkern.layers.expert_stack import expert_weight, set_stack
@@ -43,19 +43,6 @@ class InNF4(Experts):
         super().__init__()
         for name, weight in list(self._parameters.items()):
             set_stack(self, name, NF4Stack.from_dense(weight, blocksize=blocksize))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Counts the values of the largest tensor of floats that is made, views left out."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        made = isinstance(result, Tensor) and not function.is_view
-        if made and result.is_floating_point():
-            self.numel = max(self.numel, result.numel())
-        return result
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,7 +114,7 @@ def test_only_the_experts_that_are_read_are_decoded(monkeypatch):
 
 def test_quantizing_takes_no_more_than_one_experts_memory():
     weight = dense()
-    with LargestTensor() as largest:
+    with LargestTensor(floating=True) as largest:
         NF4Stack.from_dense(weight)
     assert 0 < largest.numel <= N * K
 

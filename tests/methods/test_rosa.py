@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from linear_cases import BF16, F32
-from rosa_cases import Sizes, formula, random_mask
+from peak_memory import LargestTensor
+from rosa_cases import formula, random_mask
 from tolerances import AUTOCAST_RTOL, ROSA_OVERLAP, errors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +33,7 @@ def drawn_layer(linear: nn.Linear, **options) -> RoSALinear:
 def test_x_is_saved_once_and_nothing_of_the_size_of_the_weight():
     N, K, T = 96, 128, 20
     layer = drawn_layer(nn.Linear(K, N), density=0.05)
-    sizes = Sizes()
+    sizes = LargestTensor()
     saved = []
     x = torch.randn(T, K, requires_grad=True)
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t)
@@ -43,7 +44,7 @@ def test_x_is_saved_once_and_nothing_of_the_size_of_the_weight():
     of_x = {t.data_ptr() for t in saved if t.numel() == T * K}
     assert of_x == {x.data_ptr()}
     assert layer.values.grad is not None and x.grad is not None
-    assert 0 < sizes.largest < N * K
+    assert 0 < sizes.numel < N * K
 
 
 @pytest.mark.parametrize("nf4", [False, True])
@@ -217,13 +218,13 @@ def test_collecting_holds_no_dense_gradient():
     N, K, T = 256, 320, 16
     model = nn.Sequential(RoSALinear(nn.Linear(K, N), density=0.01))
     RoSAScheduler(model, 3, collect_steps=3)
-    sizes = Sizes()
+    sizes = LargestTensor()
     for _ in range(2):
         with sizes:
             model(torch.randn(T, K)).square().sum().backward()
     top = model[0].collected
     assert len(top.index) == 4 * model[0].nnz
-    assert N * K / 16 < sizes.largest < N * K / 4
+    assert N * K / 16 < sizes.numel < N * K / 4
     assert all(p.grad is None for p in model[0].base.parameters())
 
 

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from linear_cases import F32, F64
 from tolerances import assert_as_accurate_as_torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import peftkern
 from peftkern.backends import ops
@@ -181,19 +180,3 @@ def check_function(dtype: torch.dtype, nf4: bool) -> set[str]:
     oracle = with_gradients(plain, {k: v.double() for k, v in o.items()}, dy.to(dtype).double())
     assert_as_accurate_as_torch(got, eager, oracle)
     return served
-
-
-class Sizes(TorchDispatchMode):
-    """The elements of the largest tensor that any op makes, views apart."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        is_view = any(r.alias_info is not None for r in func._schema.returns)
-        for t in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(t, Tensor) and not is_view:
-                self.largest = max(self.largest, t.numel())
-        return out

@@ -28,6 +28,7 @@ from expert_models import (
     wrapper_of,
     wrappers_of,
 )
+from peak_memory import LargestTensor
 from peft import LoraConfig
 from tolerances import assert_as_accurate_as_torch
 
@@ -198,16 +199,8 @@ def test_expert_weights_are_never_made_again():
     """No tensor of the size of a stack in a step, where PEFT makes five."""
     twin = patched_copy(expert_net(r=2))
     sizes = {p.numel() for p in wrapper_of(twin).get_base_layer().parameters()}
-
-    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            result = func(*args, **(kwargs or {}))
-            for tensor in torch.utils._pytree.tree_leaves(result):
-                if isinstance(tensor, torch.Tensor) and not tensor._is_view():
-                    assert tensor.numel() < min(sizes), f"{func}: {tuple(tensor.shape)}"
-            return result
-
     given = inputs(4)
     copies = copy.deepcopy(twin)  # before, as it copies the stack
-    with Sizes():
+    with LargestTensor() as largest:
         outputs_and_gradients(copies, *given)
+    assert 0 < largest.numel < min(sizes)
