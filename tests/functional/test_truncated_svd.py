@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import pytest
 import torch
 from linear_cases import BF16, F16, F32, F64
-from low_rank_svd_cases import orthonormal
+from low_rank_svd_cases import orthonormal, power_law
 from nf4_weights import assert_same_every_time
 from tolerances import (
     BOUND_FAILED,
@@ -41,13 +41,6 @@ from peftkern.functional.krylov import (
 from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
 from peftkern.functional.panels import Panels, Run, full_float32, parallel
 from peftkern.functional.truncated_svd import FLOOR, TruncatedSVD, truncated_svd
-
-
-def power_law(m: int, n: int, decay: float) -> Tensor:
-    """A matrix whose singular values are i^-decay."""
-    k = min(m, n)
-    sigma = torch.arange(1, k + 1, dtype=F64) ** -decay
-    return ((orthonormal(m, k) * sigma) @ orthonormal(n, k).T).float()
 
 
 def truth(svd: TruncatedSVD, W: Tensor) -> float:

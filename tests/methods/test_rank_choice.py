@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from low_rank_svd_cases import power_law
 from torch import Tensor
 
 from peftkern.functional.nf4 import dequantize_nf4, quantize_nf4
@@ -18,14 +19,6 @@ from peftkern.methods.rank_choice import (
     gora_importance,
     matrix_spectra,
 )
-
-
-def decaying(m: int, n: int, seed: int = 0) -> Tensor:
-    """A weight whose singular values are i^-0.5, about those of language models."""
-    generator = torch.Generator().manual_seed(seed)
-    k = min(m, n)
-    U, V = (torch.linalg.qr(torch.randn(size, k, generator=generator))[0] for size in (m, n))
-    return (U * torch.arange(1, k + 1).float() ** -0.5) @ V.T
 
 
 def spectrum(name: str, values: list[float], shape: tuple[int, int] = (32, 32)) -> LayerSpectrum:
@@ -40,9 +33,11 @@ def chosen(spectra: list[LayerSpectrum], by: str = "gradients", **budget) -> lis
 
 
 def test_spectra_are_those_of_dense_float64_and_within_their_certificate():
-    dense = {"large": decaying(640, 720), "small": decaying(96, 64), "wide": decaying(40, 600)}
+    sizes = {"large": (640, 720), "small": (96, 64), "wide": (40, 600)}
+    # About the singular values of language models.
+    dense = {name: power_law(*size, 0.5) for name, size in sizes.items()}
     packed = {f"{name} nf4": quantize_nf4(weight) for name, weight in dense.items()}
-    half = {"bf16": decaying(560, 800).bfloat16()}
+    half = {"bf16": power_law(560, 800, 0.5).bfloat16()}
     matrices = {**dense, **packed, **half}
     found = list(matrix_spectra(matrices.items(), 12, tol=1e-5, certify=True))
     assert [one.name for one in found] == list(matrices)

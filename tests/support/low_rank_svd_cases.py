@@ -45,6 +45,13 @@ def orthonormal(rows: int, columns: int) -> Tensor:
     return torch.linalg.qr(torch.randn(rows, columns, dtype=F64))[0]
 
 
+def power_law(m: int, n: int, decay: float) -> Tensor:
+    """A matrix whose singular values are i^-decay."""
+    k = min(m, n)
+    sigma = torch.arange(1, k + 1, dtype=F64) ** -decay
+    return ((orthonormal(m, k) * sigma) @ orthonormal(n, k).T).float()
+
+
 def graded(m: int, n: int, r: int, kappa: float) -> tuple[Tensor, Tensor]:
     """Factors whose condition numbers are kappa, in float64."""
     sigma = torch.logspace(0, -math.log10(kappa), r, dtype=F64)

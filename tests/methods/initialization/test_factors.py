@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from low_rank_svd_cases import power_law
 
 from peftkern import quantize_nf4
 from peftkern.functional import dequantize_nf4
 from peftkern.methods.initialization.factors import olora, pissa, subtract_update_
 
 
-def decaying(m: int, n: int, seed: int = 0, power: float = -0.5) -> Tensor:
-    """A weight with singular values i^power."""
-    generator = torch.Generator().manual_seed(seed)
-    k = min(m, n)
-    U, _ = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64))
-    V, _ = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))
-    return ((U * torch.arange(1, k + 1) ** power) @ V.T).float()
-
-
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96), (700, 640)])
 @pytest.mark.parametrize("scaling", [1.0, 0.5, 3.0])
 def test_pissa_takes_the_largest_triplets(shape, scaling):
-    weight = decaying(*shape, power=-1.0)
+    weight = power_law(*shape, 1.0)
     factors = pissa([weight], 8, scaling, tol=1e-6, certify=True)[0]
     U, S, Vh = torch.linalg.svd(weight.double(), full_matrices=False)
     best = (U[:, :8] * S[:8]) @ Vh[:8]
@@ -44,7 +35,7 @@ def test_olora_is_the_beginning_of_the_whole_qr(monkeypatch, shape, kind):
     """By more than one panel."""
     monkeypatch.setattr("peftkern.functional.panels._ON_CPU", 256)
     monkeypatch.setattr("peftkern.functional.panels._LEAST", 1)
-    weight = decaying(*shape)
+    weight = power_law(*shape, 0.5)
     if kind == "nf4":
         given = quantize_nf4(weight)
         weight = dequantize_nf4(given)
@@ -61,7 +52,7 @@ def test_olora_is_the_beginning_of_the_whole_qr(monkeypatch, shape, kind):
 
 
 def test_olora_of_columns_that_depend_on_each_other():
-    weight = decaying(40, 30)
+    weight = power_law(40, 30, 0.5)
     weight[:, 1] = weight[:, 0]
     factors = olora(weight, 4)
     identity = factors.lora_B.T @ factors.lora_B
@@ -70,7 +61,7 @@ def test_olora_of_columns_that_depend_on_each_other():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_base_and_update_are_the_weight_again(dtype):
-    before = decaying(70, 50).to(dtype)
+    before = power_law(70, 50, 0.5).to(dtype)
     for weight in (before.clone(), before.T.contiguous().T):
         factors = pissa([weight], 5, 2.0)[0]
         error = subtract_update_(weight, factors.lora_A, factors.lora_B, 2.0)
