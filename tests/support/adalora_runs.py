@@ -1,4 +1,4 @@
-"""AdaLoRA under the Trainer: as PEFT's documentation says, and what every step leaves behind."""
+"""AdaLoRA in loops and under the Trainer, and what every step leaves behind."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import trainers
 from adalora_models import adalora_llama
 from peft import PeftModel
-from torch import Tensor
+from peft_models import text_batch
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 STEPS, LAST_MASK = 28, 20
@@ -73,6 +75,22 @@ def mask(model: PeftModel) -> dict[str, list[bool]]:
     """The rank pattern; saving takes the adapter's name out of its keys."""
     pattern = model.peft_config["default"].rank_pattern or {}
     return {name.removesuffix(".default"): kept for name, kept in pattern.items()}
+
+
+def take_steps(
+    model: PeftModel, optimizer: torch.optim.Optimizer, steps: range, allocation: bool = False
+) -> list[str]:
+    """A loop with clipping; `allocation` as PEFT documents it. The state after each step."""
+    found = []
+    for step in steps:
+        model(**text_batch(seed=step)).loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        optimizer.step()
+        if allocation:
+            model.base_model.update_and_allocate(step)
+        optimizer.zero_grad()
+        found.append(digest(model))
+    return found
 
 
 def run(

@@ -96,6 +96,16 @@ def fill_adapters(model: nn.Module, seed: int = 3) -> None:
                 p.normal_(std=0.1)
 
 
+def step_and_frozen(model: nn.Module) -> list[Tensor]:
+    """Loss, gradient of the input, output without adapters, and the gradients of a step."""
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = model(x).square().mean()
+    loss.backward()
+    with model.disable_adapter():
+        frozen = model(x)
+    return [loss, x.grad, frozen, *(p.grad for p in model.parameters() if p.requires_grad)]
+
+
 def layer_of(model: nn.Module) -> nn.Module:
     """The LoRA layer of `lora_net`."""
     return model.base_model.model.proj
@@ -122,6 +132,12 @@ def text_batch(rows: int = 4, length: int = 16, seed: int = 7) -> dict[str, Tens
     step = torch.randint(1, 4, (rows, 1), generator=generator)
     ids = (start + step * torch.arange(length)) % VOCABULARY
     return {"input_ids": ids, "labels": ids}
+
+
+def logits(model: nn.Module) -> Tensor:
+    """Of `text_batch`, in eval mode."""
+    with torch.no_grad():
+        return model.eval()(input_ids=text_batch()["input_ids"]).logits
 
 
 def patched_copy(model: nn.Module) -> nn.Module:

@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 from adalora_models import adalora_llama, optimizer_of
-from adalora_runs import digest, mask
+from adalora_runs import mask, take_steps
 from peft import AdaLoraConfig, get_peft_model
-from peft_models import take_small_layers, text_batch
+from peft_models import take_small_layers
 from torch import nn
 from transformers import MixtralConfig
 
@@ -30,16 +30,6 @@ def ready(budget: RankBudget | None = BUDGET, **options) -> tuple:
     model = adalora_llama(**SCHEDULE)
     optimizer = optimizer_of(model)
     return model, optimizer, AdaLoraSteps(model, optimizer, TOTAL, budget=budget, **options)
-
-
-def take_steps(model, optimizer, steps: range) -> list[str]:
-    found = []
-    for step in steps:
-        model(**text_batch(seed=step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(digest(model))
-    return found
 
 
 def ranks(model) -> dict[str, int]:

@@ -16,7 +16,7 @@ from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from adalora_models import adalora_llama, optimizer_of
 from adalora_runs import digest, mask
 from peft import PeftModel
-from peft_models import fallbacks, text_batch, tiny_llama
+from peft_models import fallbacks, logits, text_batch, tiny_llama
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from transformers.integrations.deepspeed import (
@@ -50,11 +50,6 @@ def train(model: nn.Module, optimizer, steps: range) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=text_batch()["input_ids"]).logits
 
 
 def sizes(model: nn.Module) -> int:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from adalora_models import adalora_llama, optimizer_of, quantize_4bit_
+from adalora_runs import take_steps
 from peft import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from peft_models import TARGETS, add_lora, text_batch, tiny_llama
+from peft_models import TARGETS, add_lora, logits, tiny_llama
 from safetensors.torch import load_file
 from torch import nn
 
@@ -28,17 +29,9 @@ def trained(steps: int = TOTAL, **config) -> PeftModel:
     model = adalora_llama(**{**SCHEDULE, **config})
     optimizer = optimizer_of(model)
     allocation = AdaLoraSteps(model, optimizer, TOTAL)
-    for step in range(1, steps + 1):
-        model(**text_batch(seed=step)).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    take_steps(model, optimizer, range(1, steps + 1))
     allocation.close()
     return model
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=text_batch()["input_ids"]).logits
 
 
 # Before the first mask, between two (with what has revived), after the last; alpha of PEFT's r.

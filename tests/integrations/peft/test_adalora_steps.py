@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from adalora_models import adalora_llama, optimizer_of
-from adalora_runs import digest, mask
+from adalora_runs import digest, mask, take_steps
 from peft_models import fallbacks, served_by_us, text_batch
 from torch import nn
 
@@ -23,24 +23,11 @@ TOTAL = 14
 SCHEDULE = {"total_step": TOTAL, "tinit": 2, "tfinal": 4, "deltaT": 2}
 
 
-def take_steps(model, optimizer, steps: range, allocation: bool = False) -> list[str]:
-    """A loop with clipping; `allocation` as PEFT documents it. The state after each step."""
-    found = []
-    for step in steps:
-        model(**text_batch(seed=step)).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
-        optimizer.step()
-        if allocation:
-            model.base_model.update_and_allocate(step)
-        optimizer.zero_grad()
-        found.append(digest(model))
-    return found
-
-
-def ready(**config) -> tuple:
+def ready(compact=None, budget=None, **config) -> tuple:
     model = adalora_llama(**{**SCHEDULE, **config})
     optimizer = optimizer_of(model)
-    return model, optimizer, AdaLoraSteps(model, optimizer, TOTAL, compact=None)
+    options = {"compact": compact, "budget": budget}
+    return model, optimizer, AdaLoraSteps(model, optimizer, TOTAL, **options)
 
 
 def test_a_loop_of_one_s_own_is_pefts_documented_one():
@@ -77,25 +64,14 @@ def test_a_loop_goes_on_from_what_it_saved(tmp_path, step):
 @pytest.mark.parametrize("budget", [None, RankBudget(cost="parameters")], ids=["ranks", "budget"])
 def test_a_loop_goes_on_from_its_state_dicts(tmp_path, compact, budget):
     """Into a model of another step, too, with all its triplets or with fewer."""
-
-    def ready():
-        model = adalora_llama(**SCHEDULE)
-        optimizer = optimizer_of(model)
-        return (
-            model,
-            optimizer,
-            AdaLoraSteps(model, optimizer, TOTAL, compact=compact, budget=budget),
-        )
-
-    run = ready()
-    states = {}
+    run, states = ready(compact, budget), {}
     for step in (3, 8):
         take_steps(*run[:2], range(run[2].step + 1, step + 1))
         torch.save([part.state_dict() for part in run], tmp_path / f"{step}.pt")
         states[step] = torch.load(tmp_path / f"{step}.pt", weights_only=True)
     expected = take_steps(*run[:2], range(9, TOTAL + 1))
     for first, then in ((None, 8), (3, 8), (8, 3)):
-        run = ready()
+        run = ready(compact, budget)
         for step in filter(None, (first, then)):
             for part, state in zip(run, copy.deepcopy(states[step]), strict=True):
                 part.load_state_dict(state)

@@ -22,6 +22,7 @@ from peft_models import (
     make_linear,
     make_linear4bit,
     served_by_us,
+    step_and_frozen,
     text_batch,
     tiny_llama,
 )
@@ -96,17 +97,8 @@ def test_fp4_is_served_with_adapters_and_without(double_quant):
     report = peftkern.patch(twin)
     assert report.falling_back == {} and report.patched == ["base_model.model.proj"]
     codes = layer_of(twin).base_layer.weight.data.clone()
-    results = []
     peftkern.reset_stats()
-    for net in (twin, model):
-        x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        loss = net(x).square().mean()
-        loss.backward()
-        with net.disable_adapter():
-            frozen = net(x)
-        gradients = [p.grad for p in net.parameters() if p.requires_grad]
-        results.append([loss, x.grad, frozen, *gradients])
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(step_and_frozen(twin), step_and_frozen(model))
     assert served_by_us() == 2 and fallbacks() == {}
     twin.eval()
     with torch.no_grad():  # where bitsandbytes repacks the weight

@@ -7,7 +7,16 @@ import copy
 import pytest
 import torch
 from peft import AdaLoraConfig, get_peft_model
-from peft_models import K, Net, fallbacks, layer_of, lora_net, make_linear, served_by_us
+from peft_models import (
+    K,
+    Net,
+    fallbacks,
+    layer_of,
+    lora_net,
+    make_linear,
+    served_by_us,
+    step_and_frozen,
+)
 from torch import nn
 
 import peftkern
@@ -30,18 +39,9 @@ def test_as_over_its_dense_weight(format, use_dora):
     dense = copy.deepcopy(model)
     layer_of(dense).base_layer = layer_of(dense).base_layer.to_linear().requires_grad_(False)
     assert peftkern.patch(model).falling_back == {}
-    results = []
     peftkern.reset_stats()
-    for net in (model, dense):
-        x = torch.randn(5, K, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        loss = net(x).square().mean()
-        loss.backward()
-        with net.disable_adapter():
-            frozen = net(x)
-        results.append(
-            [loss, x.grad, frozen, *(p.grad for p in net.parameters() if p.requires_grad)]
-        )
-    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    got, expected = step_and_frozen(model), step_and_frozen(dense)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert served_by_us() == 2 and fallbacks() == {}
 
 

@@ -25,7 +25,7 @@ from adalora_runs import (
     run,
 )
 from peft import PeftModel
-from peft_models import take_small_layers, text_batch, tiny_llama
+from peft_models import logits, take_small_layers, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -185,11 +185,6 @@ def test_early_stopping_ends_with_the_best_model(tmp_path, caplog):
 def test_peft_alone_cannot_load_the_best_model(tmp_path):
     with pytest.raises(RuntimeError, match="size mismatch"):
         best_of(tmp_path, 8, [PlainAllocation()])
-
-
-def logits(model: PeftModel) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=text_batch()["input_ids"]).logits
 
 
 def test_unpatched_peft_loads_the_adapter_in_the_checkpoint(whole):
