@@ -135,41 +135,6 @@ def test_earlier_transformers_5(named, monkeypatch):
     assert model.config._experts_implementation == "grouped_mm"
 
 
-@pytest.mark.parametrize("first", ["quantize", "adapt"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_patched_adapters_read_the_stored_weights(family, first, request):
-    targets = ["experts.gate_up_proj", "experts.down_proj"]
-    config = LoraConfig(r=2, target_modules=[], target_parameters=targets, init_lora_weights=False)
-    if first == "quantize":
-        torch.manual_seed(1)
-        model = get_peft_model(quantized(family), config)
-    else:
-        base = quantized(family)
-        for experts in (layer.mlp.experts for layer in base.model.layers):
-            for name, stack in stacks_of(experts).items():
-                experts._parameters[name] = nn.Parameter(stack.dequantize(), requires_grad=False)
-        torch.manual_seed(1)
-        model = get_peft_model(base, config)
-        peftkern.quantize_(model, include=["experts"])  # of what is in NF4's values: the same bytes
-    outputs = []
-    for patched in (False, True):
-        if patched:
-            report = peftkern.patch(model)
-            assert len(report.patched) == 2 and not report.falling_back
-            assert not any(name.endswith("experts") for name in report.without_adapter)
-            request.getfixturevalue("nothing_is_decoded")
-            peftkern.reset_stats()
-        model.zero_grad()
-        output = model(IDS, labels=IDS)
-        output.loss.backward()
-        grads = [p.grad for p in model.parameters() if p.requires_grad]
-        assert len(grads) == 8
-        outputs.append([output.logits, *grads])
-    assert not peftkern.stats().fallbacks
-    for found, reference in zip(*reversed(outputs), strict=True):
-        assert (found - reference).norm() <= 1e-5 * reference.norm()
-
-
 def test_pefts_fold_over_served_experts_is_pefts():
     torch.manual_seed(1)
     targets = ["experts.gate_up_proj", "experts.down_proj"]
