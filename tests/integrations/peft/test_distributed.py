@@ -8,50 +8,6 @@ from pathlib import Path
 import pytest
 from processes import run_code
 
-LORA = """
-def losses(model, rank):
-    model = DistributedDataParallel(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=2e-3)
-    torch.manual_seed(rank)
-    found = []
-    for step in range(5):
-        loss = model(**text_batch(seed=10 * step + rank)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.detach())
-    weights = torch.cat([p.detach().reshape(-1) for p in trained])
-    gathered = [torch.empty_like(weights) for _ in range(2)]
-    dist.all_gather(gathered, weights)
-    assert torch.equal(*gathered), "ranks drifted apart"
-    return torch.stack(found)
-
-def lora(rank):
-    for quantized in (False, True):
-        base = tiny_llama()
-        if quantized:
-            peftkern.quantize_(base)
-        model = add_lora(base, lora_dropout=0.1)
-        twin = patched_copy(model)
-        expected = losses(model, rank)
-        peftkern.reset_stats()
-        got = losses(twin, rank)
-        assert served_by_us() == 5 * 14 and fallbacks() == {}
-        torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
-"""
-
-EXPERTS = """
-def experts(rank):
-    model = expert_models.add_experts_lora(expert_models.tiny_moe()).train()
-    twin = patched_copy(model)
-    expected = losses(model, rank)
-    peftkern.reset_stats()
-    got = losses(twin, rank)
-    assert expert_models.served() == 5 * 2 and expert_models.fallbacks() == {}
-    torch.testing.assert_close(got, expected, rtol=1e-3, atol=0)
-"""
-
 ADALORA = """
 def adalora(rank):
     torch.set_num_threads(1 + rank)  # must not matter
@@ -269,8 +225,7 @@ def four_bit(rank):
         assert served_by_us() == 1 and fallbacks() == {}, (how, peftkern.stats())
 """
 
-PARTS = ("lora", "experts", "adalora", "adalora_steps", "adalora_compact", "adalora_sharded")
-PARTS += ("sharded", "four_bit")
+PARTS = ("adalora", "adalora_steps", "adalora_compact", "adalora_sharded", "sharded", "four_bit")
 PROCESSES = f"""
 import hashlib, json, sys, torch, warnings, torch.distributed as dist, torch.multiprocessing as mp
 from torch import nn
@@ -286,7 +241,7 @@ from peftkern.integrations.peft.adalora_state import load_state, read_state, sav
 from peftkern.integrations.peft.adalora_steps import AdaLoraSteps
 from peftkern.methods import RankBudget
 from tolerances import COMPACTED_RTOL, LOSS_CURVE_RTOL
-{LORA}{EXPERTS}{ADALORA}{ADALORA_STEPS}{ADALORA_COMPACT}{ADALORA_SHARDED}{SHARDED}{FOUR_BIT}
+{ADALORA}{ADALORA_STEPS}{ADALORA_COMPACT}{ADALORA_SHARDED}{SHARDED}{FOUR_BIT}
 def work(rank, name, world_size):
     torch.set_num_threads(1)
     take_small_layers()
@@ -313,7 +268,7 @@ def said(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_ranks_agree_and_shards_fall_back(said, name):
-    """LoRA trains as unpatched, AdaLoRA draws one mask, a sharded part goes to PEFT by name.
+    """AdaLoRA draws one mask, a sharded part goes to PEFT by name.
 
     Sharded 4-bit layers are served under both generations of FSDP, with what the weight is in a
     forward: a view, or a parameter.
