@@ -16,7 +16,7 @@ def quantize_4bit_(
     model: nn.Module,
     compute_dtype: torch.dtype | None = None,
     quant_storage: torch.dtype = torch.uint8,
-) -> None:
+) -> nn.Module:
     """bitsandbytes' layers in place of all linear ones but lm_head, as transformers loads them."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and "lm_head" not in name:
@@ -27,6 +27,7 @@ def quantize_4bit_(
             layer.load_state_dict(module.state_dict())
             setattr(model.get_submodule(parent), leaf, layer.to("cpu").requires_grad_(False))
     model.is_loaded_in_4bit = True
+    return model
 
 
 def adalora_llama(dtype: torch.dtype = torch.float32, nf4: bool = False, **config) -> PeftModel:

@@ -31,9 +31,7 @@ def model_of(method: str) -> nn.Module:
         schedule = {"total_step": STEPS, "tinit": 4, "tfinal": 8, "deltaT": 2}
         model = adalora_llama(**schedule)
     elif method == "QLoRA (bitsandbytes)":
-        base = tiny_llama()
-        quantize_4bit_(base)
-        model = add_lora(base)
+        model = add_lora(quantize_4bit_(tiny_llama()))
     else:
         model = add_lora(tiny_llama(), use_dora=method == "DoRA")
     fill_adapters(model)

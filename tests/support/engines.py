@@ -65,9 +65,7 @@ def lora_llama(**config: Any) -> nn.Module:
 
 def qlora_llama(quant_storage: torch.dtype = torch.float32, **config: Any) -> nn.Module:
     """LoRA over bitsandbytes' NF4, stored in the dtype that FSDP shards."""
-    base = tiny_llama()
-    quantize_4bit_(base, quant_storage=quant_storage)
-    return add_lora(base, **config)
+    return add_lora(quantize_4bit_(tiny_llama(), quant_storage=quant_storage), **config)
 
 
 def nf4_llama(**config: Any) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoint_folders import config_of, contents, load_tensors
+from checkpoint_folders import LLAMA, config_of, contents, load_tensors
 from peft import LoraConfig, PeftModel, get_peft_model
 from quantized_folders import convert
 from torch import Tensor
@@ -20,11 +20,6 @@ from peftkern.tools.checkpoints.checkpoint import read_checkpoint
 from peftkern.tools.merge.merge import Summary, merge_checkpoint
 from peftkern.tools.merge.plan import Options
 
-SIZES = {
-    **{"vocab_size": 48, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2},
-    **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64},
-    "attn_implementation": "eager",
-}
 _EXPERTS = {"num_experts_per_tok": 2, "head_dim": 16, "num_hidden_layers": 1}
 _DEEPSEEK = {
     **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 0},
@@ -56,7 +51,7 @@ def make_model(
 ) -> PreTrainedModel:
     """A tiny model of transformers, every parameter filled."""
     torch.manual_seed(3)
-    config = getattr(transformers, f"{family}Config")(**{**SIZES, **config})
+    config = getattr(transformers, f"{family}Config")(**{**LLAMA, **config})
     model = getattr(transformers, f"{family}{head}")(config)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -19,13 +19,9 @@ from peft import (
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.loraga import preprocess_loraga
-from peft_models import (
-    text_batch,
-    tiny_llama,
-)
+from peft_models import TARGETS, text_batch, tiny_llama
 from torch import Tensor, nn
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BATCHES = [text_batch(seed=seed) for seed in range(2)]
 DATA = ("corda", "eva", "lora_ga")
 

@@ -48,12 +48,6 @@ SCHEDULE = {"total_step": SHORT, "tinit": 1, "tfinal": 2, "deltaT": 2, "orth_reg
 BUDGET = RankBudget(cost="parameters", min_rank=1)
 
 
-def _qlora() -> nn.Module:
-    base = tiny_llama()
-    quantize_4bit_(base)
-    return add_lora(base)
-
-
 def _experts() -> nn.Module:
     return add_experts_lora(tiny_moe()).train()
 
@@ -63,7 +57,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "LoRA in bfloat16": lambda: add_lora(tiny_llama(torch.bfloat16)),
     "AdaLoRA": lambda: adalora_llama(**SCHEDULE),
     "DoRA": lambda: add_lora(tiny_llama(), use_dora=True),
-    "QLoRA (bitsandbytes)": _qlora,
+    "QLoRA (bitsandbytes)": lambda: add_lora(quantize_4bit_(tiny_llama())),
     "experts": _experts,
 }
 

@@ -88,8 +88,7 @@ def test_compacted_and_16_bit_models(tmp_path: Path):
 
 
 def test_over_a_4_bit_base(tmp_path: Path):
-    base = tiny_llama()
-    quantize_4bit_(base)
+    base = quantize_4bit_(tiny_llama())
     model = trained(nf4=True)
     peftkern.export_lora(model, tmp_path)
     loaded = PeftModel.from_pretrained(base, str(tmp_path))

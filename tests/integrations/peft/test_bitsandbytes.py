@@ -214,9 +214,7 @@ def on_gpu(monkeypatch) -> Callable[[bnb.nn.Linear4bit], Tensor]:
 
 
 def test_tables_are_read_once_by_patch(on_gpu):
-    base = tiny_llama()
-    quantize_4bit_(base)
-    model = add_lora(base)
+    model = add_lora(quantize_4bit_(tiny_llama()))
     layers = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
     for layer in layers:
         on_gpu(layer)

@@ -38,8 +38,7 @@ def share_small_inputs(monkeypatch) -> None:
 
 
 def qlora(checkpointing: dict | None = None, **config: object) -> PeftModel:
-    base = tiny_llama()
-    quantize_4bit_(base, compute_dtype=BF16)
+    base = quantize_4bit_(tiny_llama(), compute_dtype=BF16)
     how = {"use_gradient_checkpointing": checkpointing is not None}
     base = prepare_model_for_kbit_training(base, **how, gradient_checkpointing_kwargs=checkpointing)
     model = add_lora(base, **config)

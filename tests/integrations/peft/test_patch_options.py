@@ -38,14 +38,8 @@ def state_of(model: nn.Module) -> dict[str, tuple]:
     }
 
 
-def adalora() -> nn.Module:
-    return adalora_llama()
-
-
 def four_bit() -> nn.Module:
-    base = tiny_llama()
-    quantize_4bit_(base)
-    return add_lora(base, target_modules=["q_proj", "v_proj"])
+    return add_lora(quantize_4bit_(tiny_llama()), target_modules=["q_proj", "v_proj"])
 
 
 def nf4_experts() -> nn.Module:
@@ -54,7 +48,7 @@ def nf4_experts() -> nn.Module:
     return add_experts_lora(model)
 
 
-MODELS = [lambda: add_lora(tiny_llama()), adalora, four_bit, nf4_experts]
+MODELS = [lambda: add_lora(tiny_llama()), adalora_llama, four_bit, nf4_experts]
 every_model = pytest.mark.parametrize("make", MODELS)
 
 
@@ -103,7 +97,7 @@ def test_filters_hold_for_layers_of_bitsandbytes():
 
 
 def test_filters_that_leave_out_all_adalora_layers_leave_out_its_model():
-    report = peftkern.patch(adalora(), exclude=TARGETS)
+    report = peftkern.patch(adalora_llama(), exclude=TARGETS)
     assert report.patched == [] and set(report.left_out.values()) == {"in exclude"}
 
 

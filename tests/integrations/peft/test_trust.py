@@ -227,9 +227,7 @@ def test_checkpointed_training_is_that_of_always(
         return found
 
     def built():
-        base = tiny_llama()
-        quantize_4bit_(base)
-        model = add_lora(base, lora_dropout=0.3).train()
+        model = add_lora(quantize_4bit_(tiny_llama()), lora_dropout=0.3).train()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         model.enable_input_require_grads()
         peftkern.patch(model)
@@ -314,9 +312,7 @@ def test_a_reference_pass_follows_the_policy(side: str, monkeypatch: pytest.Monk
 def test_a_step_in_flight_keeps_its_side(between: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes between a checkpointed forward and its backward changes nothing for that."""
     monkeypatch.setattr(contest, "SLOWER", float("inf"))
-    base = tiny_llama()
-    quantize_4bit_(base)
-    plain = add_lora(base).train()
+    plain = add_lora(quantize_4bit_(tiny_llama())).train()
     model = copy.deepcopy(plain)
     peftkern.patch(model)
     batch, steps = text_batch(), 3
@@ -384,9 +380,7 @@ def test_layers_without_adapters_switch_once_their_step_is_over(
 ) -> None:
     """Of two forwards in flight both are PEFT's, and so are their recomputations."""
     monkeypatch.setattr(contest, "SLOWER", float("inf"))
-    base = tiny_llama()
-    quantize_4bit_(base)
-    model = add_lora(base, target_modules=["q_proj"]).train()
+    model = add_lora(quantize_4bit_(tiny_llama()), target_modules=["q_proj"]).train()
     model.enable_input_require_grads()
     if checkpoints is not None:
         model.gradient_checkpointing_enable(checkpoints)
