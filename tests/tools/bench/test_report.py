@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 import browser
 import pytest
 from bench_records import case, provider, record
-from command_line import refused, told
+from command_line import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import run_code
