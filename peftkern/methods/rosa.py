@@ -180,8 +180,16 @@ class RoSALinear(LowRankFactors, OverFrozenBase):
                 update.view(-1)[mask.flat()] += self.values
             return merged(self.base, update)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        error_msgs: list[str] = args[-1]
+    def _load_from_state_dict(
+        self,
+        state_dict: dict,
+        prefix: str,
+        local_metadata: dict,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         crow, col = (state_dict.get(prefix + name) for name in ("crow", "col"))
         mask, shape = None, (self.out_features, self.in_features)
         if crow is not None and col is not None and col.shape == self.col.shape and crow.any():
@@ -190,8 +198,9 @@ class RoSALinear(LowRankFactors, OverFrozenBase):
             except ValueError as error:
                 error_msgs.append(f"{prefix}{error}")
                 return
+        rest = (local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         count = len(error_msgs)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
         if crow is not None and len(error_msgs) == count:
             for name in _DERIVED:
                 part = None if mask is None else getattr(mask, name)
