@@ -60,9 +60,10 @@ class TensorInfo:
     shape: tuple[int, ...]
     nbytes: int
     offset: int
+    written: int  # when the file was, in ns
 
     def read(self) -> Tensor:
-        """Return the values. Raises: CheckpointError if the file was cut off since its check."""
+        """Return the values. Raises: CheckpointError if the file was written to since its check."""
         return self.fill(torch.empty(self.shape, dtype=DTYPES[self.dtype]))
 
     def fill(self, tensor: Tensor) -> Tensor:
@@ -70,8 +71,9 @@ class TensorInfo:
         data = tensor.reshape(-1).view(torch.uint8).numpy()
         with unchanged(self.file), open(self.file, "rb") as file:
             file.seek(self.offset)
-            if file.readinto(data) != len(data):
-                raise OSError("cut off")
+            whole = file.readinto(data) == len(data)
+            if not whole or os.fstat(file.fileno()).st_mtime_ns != self.written:
+                raise OSError("written to since its check")
         return tensor
 
     def item(self, number: int) -> TensorInfo:
@@ -227,11 +229,13 @@ def json_object(path: Path) -> dict[str, Any]:
 
 
 class Header(NamedTuple):
-    """Entries of a file's tensors, its metadata, and all bytes before the tensors."""
+    """Entries of a file's tensors, its metadata, all bytes before the tensors, and when it was
+    written, in ns."""
 
     entries: dict[str, dict[str, Any]]
     metadata: dict[str, str]
     data: bytes
+    written: int
 
 
 def read_header(path: Path) -> Header:
@@ -247,6 +251,7 @@ def read_header(path: Path) -> Header:
         with open(path, "rb") as file:
             length = file.read(8)
             text = file.read(int.from_bytes(length, "little"))
+            written = os.fstat(file.fileno()).st_mtime_ns
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: damaged, cut off or not safetensors: {error}") from None
     try:
@@ -265,12 +270,12 @@ def read_header(path: Path) -> Header:
                 f"{path}: {brief(name)} has dtype {brief(entry['dtype'])}, "
                 f"expected one of {', '.join(DTYPES)}"
             )
-    return Header(entries, metadata, length + text)
+    return Header(entries, metadata, length + text, written)
 
 
 def _tensors_of(path: Path, quantized: bool) -> list[TensorInfo]:
     """Read the header of one file, in the order of its data."""
-    header, metadata, data = read_header(path)
+    header, metadata, data, written = read_header(path)
     if metadata.get("format", "pt") != "pt":
         raise CheckpointError(
             f"{path}: expected weights of PyTorch, got format {brief(metadata['format'])}"
@@ -281,5 +286,5 @@ def _tensors_of(path: Path, quantized: bool) -> list[TensorInfo]:
             raise CheckpointError(f"{path}: already quantized, it holds {brief(name)}")
         begin, end = entry["data_offsets"]
         shape, at = tuple(entry["shape"]), len(data) + begin
-        found.append(TensorInfo(name, path, entry["dtype"], shape, end - begin, at))
+        found.append(TensorInfo(name, path, entry["dtype"], shape, end - begin, at, written))
     return found

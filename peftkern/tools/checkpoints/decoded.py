@@ -30,7 +30,8 @@ class DecodedInfo(TensorInfo):
     @classmethod
     def of(cls, weight: Weight) -> DecodedInfo:
         name, nbytes = DTYPE_NAMES[weight.dtype], math.prod(weight.shape) * weight.dtype.itemsize
-        return cls(weight.name, weight.info.file, name, weight.shape, nbytes, 0, weight)
+        file, written = weight.info.file, weight.info.written
+        return cls(weight.name, file, name, weight.shape, nbytes, 0, written, weight)
 
     def read(self) -> Tensor:
         return self.weight.read()

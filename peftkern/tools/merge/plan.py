@@ -315,7 +315,7 @@ def _at(place: Place, edit: Edit, weight: Weight) -> Edit:
 
 def _file(path: Path, units: Sequence[Unit | Experts]) -> File:
     """Give all tensors their places: those of the base's file, if nothing else fits there."""
-    names, metadata, header = read_header(path)
+    names, metadata, header, _ = read_header(path)
     infos = {info.name: info for unit in units for info in unit.infos}
     slots = [slot for unit in units for slot in unit.slots]
     there = {

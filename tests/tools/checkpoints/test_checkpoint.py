@@ -171,11 +171,16 @@ def test_index_with_names_that_are_not_plain(tmp_path, weight_map):
     refused(tmp_path, "model.safetensors.index.json: expected")
 
 
-def test_file_that_shrinks_after_the_check(tmp_path):
+def add_one(path: Path) -> None:
+    save_file({name: tensor + 1 for name, tensor in TWO.items()}, path)
+
+
+@pytest.mark.parametrize("change", [partial(os.truncate, length=100), os.utime, add_one])
+def test_file_that_is_written_to_after_the_check(tmp_path, change):
     found = read_checkpoint(save_tensors(tmp_path, {SINGLE: TWO}))
     parts = found.tensors["a.weight"].items()
     next(parts)
-    os.truncate(tmp_path / SINGLE, 100)
+    change(tmp_path / SINGLE)
     for read in (found.tensors["a.weight"].read, found.tensors["b"].read, partial(next, parts)):
         with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was read"):
             read()

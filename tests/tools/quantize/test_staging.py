@@ -113,7 +113,7 @@ def test_source_that_changes_while_it_is_read(tmp_path, small):
         if name == "three.weight":
             os.utime(small / "model-00001-of-00002.safetensors")
 
-    refused("src: changed while it was read", small, tmp_path / "out", progress=changing)
+    refused("changed while it was read", small, tmp_path / "out", progress=changing)
     assert not (tmp_path / "out").exists()
 
 
