@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from call_counts import calls_of
@@ -82,7 +83,6 @@ def test_fields_are_those_that_records_have_and_seconds_the_host_s(linear):
 
 
 def test_memory_of_the_process_is_the_system_s():
-    psutil = pytest.importorskip("psutil")
     monitor = TrainingMonitor("cpu")
     before = monitor.memory()
     assert before["process_rss_bytes"] == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
