@@ -313,10 +313,10 @@ WARNINGS: dict[str, str] = {
     "what is below them learns wrongly": (
         "gpt-oss in MXFP4: `from_pretrained(name, config=MXFP4ExpertsConfig.of_checkpoint(name))`."
     ),
-    "lora_ga: no gradient reaches {layers}{more}: left at the default initialization": (
+    "lora_ga: no gradient reaches {layers}: left at the default initialization": (
         "No batch uses these layers: more batches, or leave them out of `target_modules`."
     ),
-    "eva: no batch runs through experts of {parameters}{more}: left at the default "
+    "eva: no batch runs through experts of {parameters}: left at the default "
     "initialization": "Their update starts at zero all the same: more batches, or none is needed.",
     "{backend} serves: {why}": "No kernel runs on this device: `peftkern doctor` has the cure.",
     "{count} of the patched layers are never called, for fused kernels read their weights: "

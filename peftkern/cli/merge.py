@@ -102,7 +102,7 @@ def merge(
     if not 0 <= min_survival <= 1:
         raise InputError(f"--min-survival: expected a share of 0 to 1, got {min_survival}")
     parsed = [weighted_adapter(text) for text in adapters]
-    check_apart(destination, InputError, *(path for path, _ in parsed))
+    check_apart(destination, InputError, *(path for path, _ in parsed), within=True)
     with model_packages():
         from peftkern.tools.checkpoints.checkpoint import read_checkpoint
         from peftkern.tools.merge.merge import merge_checkpoint

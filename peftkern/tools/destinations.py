@@ -6,16 +6,23 @@ import os
 from pathlib import Path
 
 
-def check_apart(path: Path, error: type[Exception], *sources: str | os.PathLike | None) -> None:
+def check_apart(
+    path: Path,
+    error: type[Exception],
+    *sources: str | os.PathLike | None,
+    within: bool = False,
+) -> None:
     """Raise `error` where a folder to write is one that is read, or one of them is in the other.
 
-    Links are followed. sources: folders, or files, which a folder beside them is apart from.
+    Links are followed. sources: folders, or files, which a folder beside them is apart from;
+    within: take a folder in one that is read, too, as adapters are kept beside their model.
     """
     there = os.path.realpath(path)
     for source in sources:
         if source is not None:
             here = os.path.realpath(source)
-            if os.path.commonpath([here, there]) in (here, there):
+            common = os.path.commonpath([here, there])
+            if common == there or (common == here and not within):
                 raise error(f"{path}: expected a folder apart from the source {source}")
 
 

@@ -12,7 +12,7 @@ def quiet() -> Iterator[None]:
     """Let transformers and bitsandbytes log nothing but errors, and afterwards what they did."""
     import transformers  # noqa: F401  # which sets its level
 
-    loggers = [logging.getLogger(name) for name in ("transformers", "bitsandbytes")]
+    loggers = logging.getLogger("transformers"), logging.getLogger("bitsandbytes")
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -56,7 +56,6 @@ APART = "expected a folder apart from the source"
     "words",
     [
         ("resize", "one", "one", "--rank=2"),
-        ("resize", "one", "one/small", "--rank=2"),
         ("resize", "one", ".", "--rank=2"),
         ("resize", "one", "two/../one/", "--rank=2"),
         ("resize", "one", "link", "--rank=2"),
@@ -65,10 +64,8 @@ APART = "expected a folder apart from the source"
         ("combine", "two", "one:0.5", "one"),
         ("combine", "two:0.5", "one", "two"),
         ("convert", "one", "one", "--to=mlx"),
-        ("convert", "one", "link/mlx", "--to=mlx"),
         ("convert", "one", "two", "--to=lora", "--initial=two"),
         ("extract", "one", "two", "two"),
-        ("extract", "one", "two", "one/adapter"),
     ],
 )
 def test_no_adapter_is_written_over_a_source(folder, capfd, words, force):
@@ -76,6 +73,13 @@ def test_no_adapter_is_written_over_a_source(folder, capfd, words, force):
     before = held(folder)
     refused(capfd, APART, "adapter", *words, *force)
     assert held(folder) == before
+
+
+def test_an_adapter_is_written_within_a_source(folder, capsys):
+    before = held(folder / "one")
+    told(capsys, "adapter", "resize", "one", "one/small", "--rank=2")
+    assert before.items() < held(folder / "one").items()
+    assert loaded(folder / "one" / "small")
 
 
 def test_resize(folder, capsys):

@@ -133,7 +133,9 @@ def test_wrong_values_are_one_line_that_names_them(name, parameter, files, capfd
 def test_unknown_options_and_words_too_many_are_told(name, capfd):
     refused(capfd, "No such option: --loud", *name.split(), "--loud")
     complaint = "out: expected an adapter" if name in MANY else "one-more"
-    refused(capfd, complaint, *name.split(), *RUNS[name].split(), *["one-more"] * 3)
+    refused(
+        capfd, complaint, *name.split(), *RUNS[name].split(), "one-more", "one-more", "one-more-out"
+    )
 
 
 def test_what_typer_says_of_a_number_has_the_value(capfd):

@@ -154,9 +154,9 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def check_destination(path: Path, force: bool, *sources: str | os.PathLike | None) -> None:
-    """Raise AdapterError unless a folder is apart from the sources, where there are any, and new,
+    """Raise AdapterError unless a folder is none of the sources, where there are any, and new,
     empty or, with `force`, an adapter's."""
-    destinations.check_apart(path, AdapterError, *sources)
+    destinations.check_apart(path, AdapterError, *sources, within=True)
     held = destinations.held(path, AdapterError)
     if held and not force:
         raise AdapterError(

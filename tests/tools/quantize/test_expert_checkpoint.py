@@ -13,11 +13,10 @@ from checkpoint_folders import (
     configure,
     load_tensors,
     save_moe,
-    save_tensors,
 )
-from peak_memory import growth
 from processes import run_code
 from quantized_folders import convert
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Qwen3VLMoeConfig, Qwen3VLMoeModel
 
@@ -26,9 +25,7 @@ from peftkern.formats.nf4 import STATE_KEY, NF4Weight
 from peftkern.integrations.transformers import NF4ExpertsConfig  # noqa: F401  registers itself
 from peftkern.layers.nf4_stack import NF4Stack
 from peftkern.tools.adapters import extract_experts
-from peftkern.tools.checkpoints.checkpoint import CheckpointError, read_checkpoint
-from peftkern.tools.quantize.file_plan import Choice, Options, Stack
-from peftkern.tools.quantize.quantized_checkpoint import quantize_checkpoint
+from peftkern.tools.checkpoints.checkpoint import CheckpointError
 
 ONE_BY_ONE = [family for family, (*_, fused) in MOE_FAMILIES.items() if not fused]
 
@@ -208,16 +205,43 @@ def test_experts_that_are_missing(tmp_path):
         convert(tmp_path / "src", tmp_path / "out")
 
 
+MEASURE = """
+import sys
+import torch
+from safetensors.torch import save_file
+from peftkern.tools.checkpoints.checkpoint import read_checkpoint
+from peftkern.tools.quantize.file_plan import Choice, Options, Stack
+from peftkern.tools.quantize.quantized_checkpoint import quantize_checkpoint
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+def run(source, destination):
+    checkpoint = read_checkpoint(source)
+    (name, info), = checkpoint.tensors.items()
+    choice = Choice({}, {name: Stack(info.shape, (name,))})
+    quantize_checkpoint(checkpoint, destination, choice, {}, Options())
+
+run(sys.argv[1], sys.argv[2] + "-warm")
+before = peak()
+run(sys.argv[3], sys.argv[2])
+print(peak() - before)
+"""
+
+
 def test_memory_of_a_stack_is_that_of_an_expert(tmp_path):
-    """Above that of a small run: the stack in 4 bits, and a few experts."""
-
-    def run(name: str, shape: tuple[int, int, int]) -> int:
+    """Peak RSS over that after a small run: the stack in 4 bits, and a few experts."""
+    shapes = {"warm": (2, 64, 64), "large": (48, 1024, 1024)}
+    for name, shape in shapes.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        torch.manual_seed(0)
         tensors = {"m.experts.w": torch.randn(shape).bfloat16()}
-        folder = save_tensors(tmp_path / name, {"model.safetensors": tensors})
-        choice = Choice({}, {"m.experts.w": Stack(shape, ("m.experts.w",))})
-        parts = (read_checkpoint(folder), tmp_path / f"{name} out", choice, {}, Options())
-        return growth(lambda: quantize_checkpoint(*parts))
-
-    run("warm", (2, 64, 64))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    back = {"MALLOC_MMAP_THRESHOLD_": "1000000"}
+    folders = (tmp_path / "warm", tmp_path / "out", tmp_path / "large")
+    grown = int(run_code(MEASURE, *folders, **back))
     dense = 2 * 48 * 1024 * 1024
-    assert dense / 4 < run("large", (48, 1024, 1024)) < 0.75 * dense
+    assert dense / 4 < grown < 0.75 * dense
