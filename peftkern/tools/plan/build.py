@@ -263,13 +263,14 @@ def _like(tensor: Tensor, fake: Any) -> Tensor:
         made = nn.Parameter(fake(tensor), requires_grad=tensor.requires_grad)
     for name, value in attributes.items():
         setattr(made, name, value)
-    for values in _states(made):
-        values |= {name: fake(value) for name, value in values.items() if isinstance(value, Tensor)}
+    for state in _states(made):
+        state.update({name: fake(t) for name, t in state.items() if isinstance(t, Tensor)})
     return made
 
 
 def _states(weight: Tensor) -> Iterator[dict[str, Any]]:
-    """Yield what a weight of bitsandbytes has beside its codes: its state, and that of absmax."""
+    """Yield the attributes of what a weight of bitsandbytes has beside its codes: of its state, and
+    of that of absmax; to change them is to change the weight."""
     state = getattr(weight, "quant_state", None)
     yield from (vars(one) for one in (state, getattr(state, "state2", None)) if one is not None)
 
