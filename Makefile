@@ -10,6 +10,7 @@
 # make site      the documentation, build/site/index.html: docs/, and the reference from docstrings
 # make test-as   pytest as on a processor with less: ISA=avx2, or ISA=scalar for no vectors at all;
 #                TESTS=some of the tests, as pytest takes them (for `make pytest`, too)
+# make test-isas the native test with AVX-512, AVX512-BF16 and AMX emulated, for a machine without them
 # make bench     measure this CPU, then `make docs`
 # make docs      tables of README and docs/, plots, from bench/results/
 # make aot       compile every Triton kernel for every GPU, write what each uses (no GPU needed)
@@ -48,7 +49,7 @@ CXX_FILES = $(shell find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 
 GPU_RUN = PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(GPU_PYTHON)
 
-.PHONY: demo test test-all test-more test-long pytest test-as bench docs aot cuda gpu tune wheel lint format sanitize build clean
+.PHONY: demo test test-all test-more test-long pytest test-as test-isas bench docs aot cuda gpu tune wheel lint format sanitize build clean
 
 demo: build
 	$(BIN)/python bench/studies/qlora_finetune.py
@@ -98,6 +99,13 @@ AS_scalar := PEFTKERN_CPU_ISA=scalar ATEN_CPU_CAPABILITY=default \
 test-as:
 	@test -n "$(AS_$(ISA))" || { echo "ISA: expected avx2 or scalar, got '$(ISA)'" >&2; exit 2; }
 	$(AS_$(ISA)) $(MAKE) pytest
+
+test-isas: $(INSTALLED)
+	$(BIN)/cmake -S . -B build/isas -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+		-DPython_EXECUTABLE=$(abspath $(BIN))/python -DPEFTKERN_MODULE=OFF \
+		-DPEFTKERN_NATIVE_TEST=ON -DPEFTKERN_EMULATE_AVX512=ON $(CMAKE_ARGS)
+	$(BIN)/cmake --build build/isas --parallel $(WORKERS) --target peftkern_native_test
+	OMP_WAIT_POLICY=passive build/isas/peftkern_native_test
 
 bench: build
 	for file in bench/bench_*.py; do $(BIN)/python $$file || exit 1; done

@@ -67,7 +67,12 @@ bool machine_has(Isa isa) {
 bool machine_has(Isa isa) { return isa == Isa::kScalar; }
 #endif
 
-bool probe(Isa isa) { return isa_built(isa) && machine_has(isa); }
+bool probe(Isa isa) {
+#ifdef PEFTKERN_EMULATED_AVX512
+  if (isa > Isa::kAvx2) return isa_built(isa) && machine_has(Isa::kAvx2);
+#endif
+  return isa_built(isa) && machine_has(isa);
+}
 
 }  // namespace
 
