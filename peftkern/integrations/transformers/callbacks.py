@@ -112,10 +112,11 @@ class MonitorCallback(TrainerCallback):
     TensorBoard, W&B and other reporters through `attach`: a callback in the list that Trainer takes
     comes after the reporters, and reaches `state.log_history` and the progress bar alone.
 
-    Tokens are those that the shapes of the inputs of this process tell, padding included; with
-    `include_num_input_tokens_seen` they are what the Trainer counted, in all processes. They are
-    missing under `torch_compile` without that option. Loading data is part of a step; evaluating
-    and saving are not, though the calls of an evaluation count with those of the next steps.
+    Tokens are those that the shapes of the inputs of this process tell, padding included, without
+    passes that take no gradient, as of a reference; with `include_num_input_tokens_seen` they are
+    what the Trainer counted, in all processes. They are missing under `torch_compile` without that
+    option. Loading data is part of a step; evaluating and saving are not, though the calls of an
+    evaluation count with those of the next steps.
 
     Of an AdaLoRA model the file also gets, with each mask, the ranks and importance of all layers,
     and which triplets it pruned or let revive. The log gets "peftkern/adalora_rank", the triplets
@@ -253,7 +254,8 @@ class MonitorCallback(TrainerCallback):
 
     def _count_tokens(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        if model.training and isinstance(inputs, torch.Tensor):
+        # A reference reads what the policy reads, in the training mode of trainers that ask both.
+        if model.training and torch.is_grad_enabled() and isinstance(inputs, torch.Tensor):
             self._tokens += inputs.shape[:2].numel()
 
     def _stop(self) -> None:

@@ -8,6 +8,7 @@ import logging
 
 import adalora_runs
 import pytest
+import torch
 import trainers
 import transformers
 from adalora_models import adalora_llama
@@ -203,6 +204,23 @@ def test_monitor_s_numbers_reach_the_reporters(tmp_path, accumulation, counted):
     assert [r["loss"] for r in records[1:3]] == [entry["loss"] for entry in logged]
     assert records[2]["global_step"] == 4
     assert not model._forward_pre_hooks
+
+
+def test_tokens_of_a_reference_are_not_counted_again(tmp_path):
+    """Preference trainers ask the model once more, with its adapters off and without gradients."""
+
+    class Preferences(Trainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            with torch.no_grad(), model.disable_adapter():
+                reference = model(**inputs).loss
+            return (super().compute_loss(model, inputs, *args, **kwargs) - reference).square()
+
+    model = add_lora(tiny_llama())
+    arguments = trainer(model, tmp_path).args
+    preferences = Preferences(model, arguments, train_dataset=Texts())
+    callback = MonitorCallback.attach(preferences)
+    preferences.train()
+    assert callback.monitor.summary().tokens == STEPS * ROWS * LENGTH
 
 
 def test_ranks_are_recorded_when_a_mask_moves_them(tmp_path):
