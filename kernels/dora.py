@@ -88,12 +88,13 @@ def _dora_norm_kernel(
     stride_wk,
     scaling,
     SEVERAL: tl.constexpr,
+    BEYOND: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Compute norm[n] = |w[n] + scaling * b[n] @ a| for some rows."""
+    """Compute norm[n] = |w[n] + scaling * b[n] @ a| for some rows. BEYOND: tiles end behind K."""
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_row = w_ptr + rows.to(tl.int64)[:, None] * stride_wn
     b = _rows_of_b(b_ptr, rows, 0, N, r, BLOCK_R)
@@ -107,6 +108,8 @@ def _dora_norm_kernel(
         )
         update = _update(b, a_ptr, b_ptr, rows, columns, N, K, r, SEVERAL, BLOCK_R, PRECISION)
         total = update * scaling + w.to(tl.float32)
+        if BEYOND:  # an Inf of b times the zeros there is NaN
+            total = tl.where(columns[None, :] < K, total, 0.0)
         squares += total * total
     tl.store(norm_ptr + rows, tl.sqrt_rn(tl.sum(squares, 1)), mask=rows < N)
 
@@ -190,6 +193,7 @@ def dora_norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) ->
             *weight.stride(),
             scaling,
             SEVERAL=r > block_rank(r),
+            BEYOND=K % config.block_k != 0,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
             BLOCK_R=block_rank(r),

@@ -46,6 +46,13 @@ void norm_tile(const DoraNormArgs& args, const void* rows, int64_t m0, const flo
       const F32x16 a = f32_load(panel + j * 16);
       for (int m = 0; m < kM; ++m) acc[m] = f32_fma(f32_set1(b[m * args.r + j]), a, acc[m]);
     }
+    if (n < 16) {  // an Inf of b times the zeros beyond K is NaN
+      float columns[16];
+      for (int m = 0; m < kM; ++m) {
+        f32_store(columns, acc[m]);
+        acc[m] = f32_load_n(columns, n);
+      }
+    }
     for (int m = 0; m < kM; ++m) squares[m] = f32_fma(acc[m], acc[m], squares[m]);
   }
   for (int m = 0; m < kM; ++m) sums[m] += f32_sum(squares[m]);

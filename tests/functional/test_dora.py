@@ -267,6 +267,18 @@ def test_zero_rows_are_nan_as_in_peft(backend):
     assert torch.equal(got["dbias"], dy.sum(0))
 
 
+@pytest.mark.parametrize("K", [1, 16, 17, 300])
+@pytest.mark.parametrize("name", ["weight", "A", "B"])
+def test_inf_makes_inf_of_norms(every_kernel, name, K):
+    """Of columns that fill no vector, too: behind the last one Inf times zero is NaN."""
+    tensors = {"weight": torch.randn(21, K), "A": torch.rand(3, K), "B": torch.rand(21, 3)}
+    tensors[name][1, 0] = -torch.inf
+    got = dora_norm(*tensors.values(), scaling=1.5)
+    rows = torch.ones(21, dtype=torch.bool) if name == "A" else torch.arange(21) == 1
+    assert torch.equal(got.isposinf(), rows)
+    assert torch.equal(got.isfinite(), ~rows)
+
+
 @pytest.mark.parametrize("recompute", [True, False])
 @pytest.mark.parametrize("make_weight", [dense_weight, nf4_weight])
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])

@@ -89,8 +89,9 @@ def check_undone_weight(left: float, nf4: bool = False, device: str = "cpu") -> 
 
 
 def check_finite(arguments: tuple) -> None:
-    """Finite where the reference is, and somewhere not."""
+    """Finite, Inf and NaN where the reference is, and somewhere not finite."""
     got = dora_norm(*arguments, scaling=1.5)
     with peftkern.use_backend("reference"):
         wanted = dora_norm(*arguments, scaling=1.5)
     assert torch.equal(got.isfinite(), wanted.isfinite()) and not got.isfinite().all()
+    assert torch.equal(got.isnan(), wanted.isnan())
