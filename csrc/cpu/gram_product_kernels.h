@@ -149,7 +149,10 @@ class Products {
           args_.y[c * args_.m + begin + i] = y_.floats()[i * width_ + c];
         }
       }
-      if (args_.z) multiply_back(groups);
+      if (!args_.z) continue;
+      const int64_t padded = groups * kGroup - rows;  // where an Inf of x times zeros is NaN
+      std::memset(y_.floats() + rows * width_, 0, static_cast<size_t>(padded * width_) * 4);
+      multiply_back(groups);
     }
     if (args_.z) unpack_z();
   }

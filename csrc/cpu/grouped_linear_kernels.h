@@ -85,7 +85,12 @@ struct Linear {
       }
       sum = f32_mul(sum, f32_set1(args.s_scale));
       float* out = args.s + (row + i) * args.r + rank0;
-      n == 16 ? f32_store(out, sum) : f32_store_n(out, sum, n);
+      if (n == 16) {
+        f32_store(out, sum);
+      } else {
+        f32_store_n(out, sum, n);
+        sum = f32_load_n(out, n);  // an Inf of x times the zeros beyond r is NaN
+      }
       Tiles::expand_row(f32_mul(sum, f32_set1(args.scaling)), tiles + 16 * i);
     }
     for (int64_t i = count; i < round_up(count, 4); ++i) {

@@ -64,6 +64,18 @@ def test_what_is_not_needed_is_left_out():
         assert all(torch.equal(*pair) for pair in zip(got, wanted, strict=True))
 
 
+@pytest.mark.parametrize("isa", native.cpu_isas())
+@pytest.mark.parametrize("m", [1, 3, 66])
+def test_inf_is_not_nan(isa, m):
+    """Behind the last row of a group Inf times zero would be."""
+    weight, x = torch.rand(m, 33) + 0.1, torch.rand(5, 33)
+    x[2, 0] = torch.inf
+    with native.use_isa(isa):
+        y, z, _ = ops.run("gram_product", weight, x, True, True)
+    for got in (y, z):
+        assert got[2].isposinf().all() and got[[0, 1, 3, 4]].isfinite().all()
+
+
 def test_no_columns_no_rows_no_vectors():
     for m, n, width in ((3, 0, 2), (0, 3, 2), (3, 2, 0)):
         got = ops.run("gram_product", torch.randn(m, n), torch.randn(width, n), True, True)

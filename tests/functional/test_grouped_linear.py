@@ -256,6 +256,22 @@ def test_refuses_blocks_across_experts():
         peftkern.grouped_lora_linear(torch.randn(2, 10), w, offsets)
 
 
+@pytest.mark.parametrize("r", [1, 5, 16, 17])
+def test_inf_is_not_nan(every_backend, r):
+    """Behind the last rank Inf times zero would be, of few rows and of many."""
+    x, dy = torch.rand(15, 40), torch.rand(15, 24)
+    x[[1, 7], 3] = dy[[1, 7], 2] = torch.inf
+    x.requires_grad_()
+    A, B = torch.rand(2, r, 40) + 0.1, torch.rand(2, 24, r) + 0.1
+    offsets = torch.tensor([3, 15], dtype=torch.int32)
+    y = peftkern.grouped_lora_linear(x, None, offsets, A, B)
+    y.backward(dy)
+    infinite = torch.zeros(15, dtype=torch.bool)
+    infinite[[1, 7]] = True
+    for got in (y, x.grad):
+        assert got[infinite].isposinf().all() and got[~infinite].isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("offsets", "rows"),
     [([3, 2, 5], None), ([-1, 2, 5], None), ([1, 2, 99], None), ([1, 2, 5], [0, 1, 2, 3, 77])],
