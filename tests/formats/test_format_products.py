@@ -8,6 +8,7 @@ import pytest
 import torch
 from block_weights import (
     ALL,
+    block_weight,
     random_weight_of,
 )
 from grids import thinned
@@ -47,6 +48,31 @@ def test_values_and_gradients(every_backend, shape, row, dtypes):
         return NF4Operands(**vars(operands(shape, *dtypes, weight=dense)), w=w)
 
     check_accuracy([draw() for _ in range(trials(shape))], ours)
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 9, 40])
+def test_int4_whose_codes_lie_near_their_zeros(every_backend, M):
+    """Sums of codes and of zeros cancel there: the bound of kernels/NUMERICS.md holds."""
+    N, K, blocksize = 24, 128, 32
+    shape = (N, K // blocksize, 1)
+    codes = torch.randint(13, 16, (N, K))
+    scale, zero = 0.1 + torch.rand(shape), 15 - torch.rand(shape) / 100
+    options = {"scale": scale.view(-1), "zero": zero.view(-1)}
+    w = block_weight("int4", codes, F32, blocksize, **options)
+    x, dy = torch.randn(M, K, requires_grad=True), torch.randn(M, N)
+    y = peftkern.nf4_linear(x, w)
+    y.backward(dy)
+    x64, dy64, scale, zero = (t.detach().double() for t in (x, dy, scale, zero))
+    blocks = codes.double().view(N, -1, blocksize)
+    weight = (scale * (blocks - zero)).view(N, K)
+    in_y = (scale * ((blocks - 8).abs() + (8 - zero).abs())).view(N, K)
+    in_dx = (scale * (blocks + zero)).view(N, K)
+    u = torch.finfo(F32).eps / 2
+    for got, exact, terms, count in (
+        (y, x64 @ weight.T, x64.abs() @ in_y.T, K),
+        (x.grad, dy64 @ weight, dy64.abs() @ in_dx, N),
+    ):
+        assert ((got - exact).abs() <= u * exact.abs() + count * u * terms).all()
 
 
 @pytest.mark.parametrize(
