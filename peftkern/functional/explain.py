@@ -25,8 +25,8 @@ __all__ = ["explain"]
 def explain(op_name: str, *args: Any, **kwargs: Any) -> dispatch.Explanation:
     """Explain which back end would serve a call, and why others would not; computes nothing.
 
-    Args: op_name, a public function of this package or `dora_linear`, and its arguments, or an op
-        of `torch.ops.peftkern` and its positional arguments.
+    Args: op_name, `lora_linear`, `nf4_linear`, `nf4_lora_linear`, `dora_linear`, `quantize_nf4` or
+        `dequantize`, and its arguments, or an op of `torch.ops.peftkern` and its positional ones.
     Returns: an object whose str() is a table.
     Raises: ValueError listing the names if there is none like this, or naming an argument of
         another kind.

@@ -8,8 +8,6 @@ Each is an `nn.Linear` in everything but its forward, so that code which looks f
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -42,10 +40,10 @@ class _Adapter(LowRankFactors, NamedErrors):
     def _add_adapter(
         self,
         device: torch.device | str | None,
-        r: int = 8,
-        lora_alpha: float = 16,
-        lora_dropout: float = 0.0,
-        adapter_dtype: torch.dtype = torch.float32,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        adapter_dtype: torch.dtype,
     ) -> None:
         check_update(r, lora_dropout)
         self.r = r
@@ -110,16 +108,21 @@ class LoRALinear(_Adapter, nn.Linear):
         self._add_adapter(device, r, lora_alpha, lora_dropout, adapter_dtype)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **update: Any) -> LoRALinear:
-        """Add an update to a linear layer, whose weight and bias are taken over and frozen.
-
-        Args: update: r, lora_alpha, lora_dropout and adapter_dtype, as above.
-        """
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        adapter_dtype: torch.dtype = torch.float32,
+    ) -> LoRALinear:
+        """Add an update to a linear layer, whose weight and bias are taken over and frozen."""
         check_linear(linear)
         layer = bare_linear(cls, linear.in_features, linear.out_features, linear.training)
         layer.weight, layer.bias = linear.weight, linear.bias
         layer.requires_grad_(False)
-        layer._add_adapter(linear.weight.device, **update)
+        layer._add_adapter(linear.weight.device, r, lora_alpha, lora_dropout, adapter_dtype)
         return layer
 
 
@@ -143,12 +146,21 @@ class NF4LoRALinear(_Adapter, NF4Linear):
         bias: bool = True,
         blocksize: int = 64,
         double_quant: bool = True,
+        quant_type: str = "nf4",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        quant = {"blocksize": blocksize, "double_quant": double_quant}
-        super().__init__(in_features, out_features, bias, **quant, device=device, dtype=dtype)
+        super().__init__(
+            in_features,
+            out_features,
+            bias,
+            blocksize=blocksize,
+            double_quant=double_quant,
+            quant_type=quant_type,
+            device=device,
+            dtype=dtype,
+        )
         self._add_adapter(device, r, lora_alpha, lora_dropout, adapter_dtype)
 
     @classmethod
@@ -158,17 +170,23 @@ class NF4LoRALinear(_Adapter, NF4Linear):
         *,
         blocksize: int = 64,
         double_quant: bool = True,
-        **update: Any,
+        quant_type: str = "nf4",
+        r: int = 8,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        adapter_dtype: torch.dtype = torch.float32,
     ) -> NF4LoRALinear:
-        """Quantize a linear layer, or take over an NF4Linear as it is, and add an update.
-
-        Args: update: r, lora_alpha, lora_dropout and adapter_dtype, as in `LoRALinear`.
-        """
+        """Quantize a linear layer, or take over an NF4Linear as it is, and add an update."""
         if type(linear) is NF4Linear:
             w = linear.nf4
         else:
             check_linear(linear)
-            w = quantized(linear.weight, blocksize=blocksize, double_quant=double_quant)
+            w = quantized(
+                linear.weight,
+                blocksize=blocksize,
+                double_quant=double_quant,
+                quant_type=quant_type,
+            )
         layer = cls._from_stored(w, linear.bias, linear.training)
-        layer._add_adapter(w.device, **update)
+        layer._add_adapter(w.device, r, lora_alpha, lora_dropout, adapter_dtype)
         return layer

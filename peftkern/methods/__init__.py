@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peftkern.layers.dora import DoRALinear
+    from peftkern.methods.adalora import BudgetSchedule, RankAllocator
     from peftkern.methods.delta_lora import DeltaLoRALinear, DeltaLoRAScheduler, InPlaceDeltaLoRA
     from peftkern.methods.dylora import DyLoRALinear, sample_rank, set_rank
     from peftkern.methods.longlora import shifted_sparse_attention
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from peftkern.methods.rosa import RoSALinear, RoSAScheduler, density_report
 
 _MODULE_OF = {
+    "BudgetSchedule": "adalora",
     "DeltaLoRALinear": "delta_lora",
     "DeltaLoRAScheduler": "delta_lora",
     "DyLoRALinear": "dylora",
@@ -29,6 +31,7 @@ _MODULE_OF = {
     "LoRAFAOptimizer": "lora_fa",
     "LoRAProAdamW": "lora_pro",
     "QuantumPEFTLinear": "quantum_peft",
+    "RankAllocator": "adalora",
     "RankBudget": "rank_budget",
     "RankLimits": "rank_budget",
     "RoSALinear": "rosa",

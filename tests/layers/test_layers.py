@@ -108,6 +108,22 @@ def test_options_of_the_update(cls):
 
 
 @pytest.mark.parametrize("cls", LORA)
+def test_an_option_that_is_not_there_is_refused_by_the_method_called(cls):
+    with pytest.raises(TypeError, match=r"from_linear\(\) got an unexpected .* 'rank'"):
+        cls.from_linear(nn.Linear(K, N), rank=8)
+
+
+def test_an_update_over_fp4():
+    layer = make(NF4LoRALinear, quant_type="fp4")
+    from_sizes = NF4LoRALinear(K, N, quant_type="fp4")
+    from_sizes.load_state_dict(layer.state_dict())
+    x = torch.randn(5, K)
+    assert layer.quant_type == from_sizes.quant_type == "fp4"
+    torch.testing.assert_close(layer(x), eager(layer, x))
+    assert torch.equal(from_sizes(x), layer(x))
+
+
+@pytest.mark.parametrize("cls", LORA)
 def test_scaling_changes_at_run_time(cls):
     layer = make(cls, r=4)
     x = torch.randn(3, K)

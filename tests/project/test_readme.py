@@ -26,6 +26,14 @@ def test_every_way_to_install_brings_what_that_code_imports():
     assert ways and [way for way in ways if not way.endswith(("'.[peft]'", " peft"))] == []
 
 
+def test_the_methods_are_where_readme_says():
+    table = README.partition("| plain PyTorch |")[2].partition("Names are of")[0]
+    names = set(re.findall(r"`(\w+)`", table)) - {"quantize_"}
+    assert len(names) > 10 and peftkern.quantize_
+    homes = peftkern.layers, peftkern.methods
+    assert [name for name in names if not any(hasattr(home, name) for home in homes)] == []
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_links_of_a_page_lead_somewhere(page: str):
     targets = LINK.findall((ROOT / page).read_text(encoding="utf-8"))
