@@ -18,6 +18,7 @@ from torch import Tensor
 from peftkern.backends import ops
 from peftkern.functional.arguments import (
     DTYPES,
+    check_each_dense,
     check_tensor,
     is_listed,
     mismatch,
@@ -66,25 +67,36 @@ def adalora_importance_(
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not isinstance(beta, (float, numbers.Real)) or not 0.0 < beta < 1.0:
             raise mismatch(name, "a number between 0 and 1", beta)
+    try:
+        _check_triplets(params, grads, exp_avg_ipt, exp_avg_unc)
+        with torch.no_grad():
+            return ops.adalora_importance_(exp_avg_ipt, exp_avg_unc, params, grads, beta1, beta2)
+    except Exception:
+        check_each_dense(params=params, grads=grads)
+        raise
+
+
+def _check_triplets(
+    params: list[Tensor], grads: list[Tensor | None], exp_avg_ipt: Tensor, exp_avg_unc: Tensor
+) -> None:
     shapes, device = [p.shape for p in params], exp_avg_ipt.device
     numel = _elements(shapes)
     # Each question is asked of all before the next: there are hundreds.
     given = [p if g is None else g for p, g in zip(params, grads, strict=True)]
-    if not {p.dtype for p in params} <= {*DTYPES} or not _are_on(params, device):
+    both = params + given
+    right = {t.dtype for t in both} <= {*DTYPES} and _are_on(both, device)
+    if not right or [g.shape for g in given] != shapes:
         for i, p in enumerate(params):
             if p.dtype not in DTYPES or p.device != device:
                 raise mismatch(f"params[{i}]", f"one of {DTYPES} on {device}", p)
-    if [g.shape for g in given] != shapes or not _are_on(given, device):
         for i, (g, shape) in enumerate(zip(given, shapes, strict=True)):
-            if g.shape != shape or g.device != device:
-                raise mismatch(f"grads[{i}]", f"{list(shape)} on {device}", g)
+            if g.shape != shape or g.dtype not in DTYPES or g.device != device:
+                raise mismatch(f"grads[{i}]", f"{list(shape)} of {DTYPES} on {device}", g)
     wide = torch.float64 if params[0].dtype is torch.float64 else torch.float32
     for name, state in (("exp_avg_ipt", exp_avg_ipt), ("exp_avg_unc", exp_avg_unc)):
         wrong = state.shape != (numel,) or state.dtype is not wide or state.device != device
         if wrong or not state.is_contiguous():
             raise mismatch(name, f"[{numel}] contiguous {wide} on {device}", state)
-    with torch.no_grad():
-        return ops.adalora_importance_(exp_avg_ipt, exp_avg_unc, params, grads, beta1, beta2)
 
 
 def _are_on(tensors: list[Tensor], device: torch.device) -> bool:
@@ -97,15 +109,14 @@ def _are_on(tensors: list[Tensor], device: torch.device) -> bool:
 def _elements(shapes: list[torch.Size]) -> int:
     """Return the elements of all triplets. Raises: ValueError on shapes that make none."""
     numel = 0
-    for i in range(0, len(shapes), 3):
-        E, A, B = shapes[i : i + 3]
-        r = A[0] if len(A) == 2 else -1
-        if E.numel() != r or len(B) != 2 or B[1] != r or not A[1] or not B[0]:
+    for i, (E, A, B) in enumerate(zip(shapes[::3], shapes[1::3], shapes[2::3], strict=True)):
+        r, K, N = (*A, B[0]) if len(A) == len(B) == 2 else (-1, 0, 0)
+        if not K or not N or B[1] != r or E.numel() != r:
             raise ValueError(
-                f"params of layer {i // 3}: expected lora_E [r, 1], lora_A [r, K], lora_B [N, r], "
+                f"params of layer {i}: expected lora_E [r, 1], lora_A [r, K], lora_B [N, r], "
                 f"got {[list(shape) for shape in (E, A, B)]}"
             )
-        numel += r * (1 + A[1] + B[0])
+        numel += r * (1 + K + N)
     return numel
 
 
@@ -145,6 +156,16 @@ def adalora_allocate_(
     if not isinstance(budget, (int, kind)) or not budget >= 0:
         what = "a number of triplets" if limits is None else "what the triplets may cost"
         raise mismatch("budget", what, budget)
+    try:
+        return _prune(scores, lora_E, budget, ties == "peft", limits)
+    except Exception:
+        check_each_dense(lora_E=lora_E)
+        raise
+
+
+def _prune(
+    scores: Tensor, lora_E: list[Tensor], budget: Any, threshold_ties: bool, limits: Any
+) -> Tensor:
     total = sum(map(Tensor.numel, lora_E))
     if scores.shape != (total,) or scores.dtype not in (torch.float32, torch.float64):
         raise mismatch("scores", f"[{total}] float32 or float64 for these lora_E", scores)
@@ -161,7 +182,7 @@ def adalora_allocate_(
         return torch.ones_like(scores, dtype=torch.bool)
     with torch.no_grad():
         if limits is None:
-            mask = ops.adalora_allocate_(scores, lora_E, budget, ties == "peft")
+            mask = ops.adalora_allocate_(scores, lora_E, budget, threshold_ties)
             torch.autograd.graph.increment_version(lora_E)
         else:
             ranks = [E.numel() for E in lora_E]
@@ -222,9 +243,13 @@ def orthogonality_loss(
         name = f"lora_A[{i}]" if i < len(lora_A) else f"lora_B[{i - len(lora_A)}]"
         if matrix.dim() != 2 or matrix.dtype not in DTYPES or matrix.device != lora_A[0].device:
             raise mismatch(name, f"a matrix of {DTYPES} on {lora_A[0].device}", matrix)
-    if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in matrices):
-        return _OrthogonalityLoss.apply(squared, len(lora_A), *matrices)
-    return ops.adalora_orthogonality_forward(lora_A, lora_B, squared)[0]
+    try:
+        if torch.is_grad_enabled() and any(matrix.requires_grad for matrix in matrices):
+            return _OrthogonalityLoss.apply(squared, len(lora_A), *matrices)
+        return ops.adalora_orthogonality_forward(lora_A, lora_B, squared)[0]
+    except Exception:
+        check_each_dense(lora_A=lora_A, lora_B=lora_B)
+        raise
 
 
 class _OrthogonalityLoss(torch.autograd.Function):

@@ -73,6 +73,17 @@ def tensor_list(name: str, values: Any, *, optional: bool = False) -> list[Any]:
     return found
 
 
+def check_each_dense(**lists: list[Any]) -> None:
+    """Name what is not dense in lists of tensors, None among them, of which something has raised.
+
+    To ask before would be two passes over hundreds of tensors.
+    """
+    for name, tensors in lists.items():
+        for i, tensor in enumerate(tensors):
+            if tensor is not None:
+                check_tensor(f"{name}[{i}]", tensor)
+
+
 def check_dense(name: str, weight: Any) -> None:
     """Check for a tensor that is not the packed bytes of a quantized weight."""
     if (

@@ -108,7 +108,7 @@ CALLS: dict[str, tuple[Callable, dict[str, Any]]] = {
         importance.adalora_importance_,
         {
             "params": [torch.ones(R, 1), torch.ones(R, K), torch.ones(N, R)],
-            "grads": [torch.ones(R, 1), None, None],
+            "grads": [torch.ones(R, 1), None, torch.ones(N, R)],
             "exp_avg_ipt": torch.zeros(R * (1 + K + N)),
             "exp_avg_unc": torch.zeros(R * (1 + K + N)),
             "beta1": 0.85,
@@ -230,16 +230,33 @@ TENSORS = [
 ]
 
 
-@pytest.mark.parametrize(("call", "argument"), [*TENSORS, ("allocate_rank", "S")])
+@pytest.mark.parametrize(("call", "argument"), TENSORS)
 def test_tensors_of_other_layouts_and_dtypes_are_refused_by_name(call, argument):
     function, arguments = (CALLS | OF_EXPERTS)[call]
     value = arguments[argument]
-    listed = isinstance(value, list)
-    first = value[0] if listed else value
-    for kind, wrong in (unusual(first) | other_dtypes(first)).items():
-        said = refused(function, arguments | {argument: [wrong] if listed else wrong})
-        assert re.match(rf"{argument}(\[0\])?: expected", said), (kind, said)
-        assert "\n" not in said, (kind, said)
+    for kind, wrong in (unusual(value) | other_dtypes(value)).items():
+        said = refused(function, arguments | {argument: wrong})
+        assert said.startswith(f"{argument}: expected") and "\n" not in said, (kind, said)
+
+
+LISTS = [("allocate_rank", "S")]
+LISTS += [("adalora_importance_", name) for name in ("params", "grads")]
+LISTS += [("adalora_allocate_", "lora_E"), ("orthogonality_loss", "lora_A")]
+LISTS += [("orthogonality_loss", "lora_B")]
+
+
+@pytest.mark.parametrize(("call", "argument"), LISTS)
+def test_tensors_of_other_layouts_and_dtypes_are_refused_in_lists(call, argument):
+    function, arguments = CALLS[call]
+    values = arguments[argument]
+    for i, value in enumerate(values):
+        if value is None:
+            continue
+        for kind, wrong in (unusual(value) | other_dtypes(value)).items():
+            given = arguments | {argument: [*values[:i], wrong, *values[i + 1 :]]}
+            said = refused(function, given)
+            assert said.startswith(f"{argument}[{i}]: expected"), (kind, said)
+            assert "\n" not in said, (kind, said)
 
 
 @pytest.mark.parametrize("call", OF_EXPERTS)

@@ -29,8 +29,6 @@ def refusal_importance(
     one_of_each = {tensor.dtype: tensor for tensor in tensors}
     if len(one_of_each) > 1 and torch.float64 in one_of_each:
         return refusal_list(tensors)
-    if {tensor.is_cpu for tensor in tensors} != {True}:
-        return f"tensors are on {tensors[0].device}"
     reasons = map(refusal_dense, one_of_each.values())
     return next((reason for reason in reasons if reason is not None), None)
 
