@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from peftkern.functional.arguments import (
     DTYPES,
     check_each_dense,
     check_tensor,
+    integer,
     is_listed,
     mismatch,
     tensor_list,
@@ -152,10 +153,10 @@ def adalora_allocate_(
     check_tensor("scores", scores)
     lora_E = tensor_list("lora_E", lora_E)
     limits = _limits(len(lora_E), cost, r_min, r_max)
-    kind = numbers.Integral if limits is None else numbers.Real
-    if not isinstance(budget, (int, kind)) or not budget >= 0:
-        what = "a number of triplets" if limits is None else "what the triplets may cost"
-        raise mismatch("budget", what, budget)
+    if limits is None:
+        budget = integer("budget", budget)
+    elif not isinstance(budget, numbers.Real) or not budget >= 0:
+        raise mismatch("budget", "what the triplets may cost", budget)
     try:
         return _prune(scores, lora_E, budget, ties == "peft", limits)
     except Exception:
@@ -199,24 +200,25 @@ def _limits(
     plain = ((cost, 1), (r_min, 0), (r_max, None))
     if all(type(given) is type(default) and given == default for given, default in plain):
         return None
-    low = _of_layers("r_min", r_min, count, whole=True)
-    high = _of_layers("r_max", UNLIMITED if r_max is None else r_max, count, whole=True)
+    low = _of_layers("r_min", r_min, count, integer)
+    high = _of_layers("r_max", UNLIMITED if r_max is None else r_max, count, integer)
     if any(lo > hi for lo, hi in zip(low, high, strict=True)):
         raise ValueError("r_min, r_max: expected r_min <= r_max in every layer")
-    return _of_layers("cost", cost, count, whole=False), low, high
+    return _of_layers("cost", cost, count, _positive), low, high
 
 
-def _of_layers(name: str, given: Any, count: int, *, whole: bool) -> list:
-    """Return a number of each layer: of triplets if `whole`, else a positive one."""
+def _of_layers(name: str, given: Any, count: int, read: Callable[[str, Any], Any]) -> list:
+    """Return a number of each layer, as `read` has it."""
     values = [given] * count if isinstance(given, numbers.Real) else given
-    kind = "a number of triplets" if whole else "a positive number"
     if not is_listed(values) or len(values := list(values)) != count:
-        raise mismatch(name, f"{kind}, or one for each of {count} layers", given)
-    for value in values:
-        is_number = isinstance(value, numbers.Integral if whole else numbers.Real)
-        if not is_number or not math.isfinite(value) or value < 0 or not (whole or value):
-            raise mismatch(name, kind, value)
-    return values
+        raise mismatch(name, f"a number, or one for each of {count} layers", given)
+    return [read(name, value) for value in values]
+
+
+def _positive(name: str, value: Any) -> Any:
+    if not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+        raise mismatch(name, "a positive number", value)
+    return value
 
 
 def orthogonality_loss(
@@ -237,6 +239,8 @@ def orthogonality_loss(
     """
     lora_A, lora_B = tensor_list("lora_A", lora_A), tensor_list("lora_B", lora_B)
     matrices = lora_A + lora_B
+    if not isinstance(squared, bool):
+        raise mismatch("squared", "True or False", squared)
     if not lora_A or not lora_B:
         raise ValueError("lora_A, lora_B: expected at least one matrix each, got an empty list")
     for i, matrix in enumerate(matrices):

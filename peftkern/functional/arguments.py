@@ -7,6 +7,7 @@ that is right pays for comparisons alone.
 from __future__ import annotations
 
 import numbers
+import operator
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ DTYPES = (*WEIGHT_DTYPES, torch.float64)
 # Others go by their type.
 _PRINTED = (numbers.Number, str, torch.dtype, NF4Weight, BlockWeight, type(None))
 _PRINTED_LENGTH = 120
+_LARGEST = 2**63 - 1  # of what C++ and tensors count in
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 # FSDP1 makes one parameter of many, of which a process has a part.
 IN_FLAT_PARAMETER = "FullyShardedDataParallel holds it in pieces of a flat parameter"
@@ -171,6 +173,18 @@ def number(name: str, value: Any) -> float:
         except (TypeError, ValueError, RuntimeError):  # more than one value
             pass
     raise mismatch(name, "a number or a 0-dim tensor", value)
+
+
+def integer(name: str, value: Any, low: int = 0, high: int = _LARGEST) -> int:
+    """Return an integer of Python, numpy or a tensor as an int; a float is none, nor is True."""
+    try:
+        found = low - 1 if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):  # as a tensor of several says
+        found = low - 1
+    if low <= found <= high:
+        return found
+    most = f" and at most {high}" if high < _LARGEST or found > high else ""
+    raise mismatch(name, f"an integer of at least {low}{most}", value)
 
 
 def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...] | None:

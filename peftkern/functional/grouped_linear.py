@@ -17,6 +17,7 @@ from peftkern.functional.arguments import (
     check_float,
     check_frozen,
     check_tensor,
+    integer,
     mismatch,
     needs_gradient,
     number,
@@ -67,12 +68,7 @@ def route_weights(
         raise mismatch("top_k_index", "[T, top]", top_k_index)
     if top_k_index.dtype not in _INDICES:
         raise mismatch("top_k_index", f"one of {_INDICES}", top_k_index)
-    E = num_experts
-    if type(E) is not int:  # of numpy, a tensor or a symbolic shape
-        E = int(number("num_experts", num_experts))
-    if num_experts != E or E < 1:
-        raise mismatch("num_experts", "a positive integer", num_experts)
-    args = top_k_index, top_k_weights, E
+    args = top_k_index, top_k_weights, integer("num_experts", num_experts, 1)
     *routing, row_weights = (
         ops.run("route", *args) if _sorts(top_k_index) else reference.route(*args)
     )

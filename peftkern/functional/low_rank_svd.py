@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from peftkern.backends import dispatch, ops
-from peftkern.functional.arguments import check_tensor, is_listed, mismatch
+from peftkern.functional.arguments import check_tensor, integer, is_listed, mismatch
 from peftkern.functional.outputs import Output, check_outputs
 from peftkern.functional.rank_allocation import (
     SpectralStats,
@@ -136,10 +136,9 @@ def truncate_lora(
     single = isinstance(svd.S, Tensor)
     layers = [svd[:3]] if single else list(zip(*svd[:3], strict=True))
     factors, rows = [], torch.contiguous_format
-    for layer, rank in enumerate(each("ranks", ranks, len(layers))):
-        U, S, Vh = layers[layer]
-        if not 0 <= rank <= len(S):
-            raise ValueError(f"ranks: expected 0 to {len(S)}, layer {layer} has {rank}")
+    given = each("ranks", ranks, len(layers))
+    for layer, (rank, (U, S, Vh)) in enumerate(zip(given, layers, strict=True)):
+        rank = integer("ranks" if single else f"ranks[{layer}]", rank, 0, len(S))
         U, S, Vh = U[:, :rank], S[:rank], Vh[:rank]
         if form == "adalora":
             factors.append(

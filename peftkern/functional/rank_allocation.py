@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from peftkern.functional.arguments import check_float, check_values, is_listed
+from peftkern.functional.arguments import check_float, check_values, integer, is_listed, mismatch
 from peftkern.functional.knapsack import improve
 
 COSTS = ("rank", "parameters", "bytes", "flops")
@@ -99,8 +99,9 @@ def allocate_rank(
     if isinstance(cost, str):
         cost = _named_costs(cost, S, shapes, itemsize)
     costs = [1.0] * count if cost is None else [float(c) for c in each("cost", cost, count)]
-    low = each("r_min", r_min, count)
-    high = each("r_max", [len(v) for v in values] if r_max is None else r_max, count)
+    low = [integer("r_min", r) for r in each("r_min", r_min, count)]
+    high = [len(v) for v in values] if r_max is None else each("r_max", r_max, count)
+    high = [integer("r_max", r) for r in high]
     high = [min(h, len(v)) for h, v in zip(high, values, strict=True)]
     _check_layers(values, costs, low, high)
     left = budget - sum(c * r for c, r in zip(costs, low, strict=True))
@@ -124,11 +125,14 @@ def rank_costs(
     flops         2 * (m + n), of a token's forward pass
 
     Args: shapes (m, n) of every layer's weight; itemsize, bytes of a value, one or one per layer.
-    Raises: ValueError naming the argument.
+    Raises: TypeError or ValueError naming the argument.
     """
     if kind not in COSTS:
         raise ValueError(f"cost: expected one of {', '.join(COSTS)}, or numbers, got {kind!r}")
-    sizes = each("itemsize", itemsize, len(shapes))
+    if not is_listed(shapes) or not all(is_listed(shape) and len(shape) == 2 for shape in shapes):
+        raise mismatch("shapes", "(m, n) of every layer", shapes)
+    shapes = [[integer("shapes", size) for size in shape] for shape in shapes]
+    sizes = [integer("itemsize", size, 1) for size in each("itemsize", itemsize, len(shapes))]
     if kind == "rank":
         return [1.0] * len(shapes)
     units = sizes if kind == "bytes" else [2 if kind == "flops" else 1] * len(shapes)
@@ -141,13 +145,10 @@ def _named_costs(
     """Return `rank_costs` of layers, of experts together."""
     if kind == "rank":
         return [1.0] * len(S)
-    shapes = list(shapes) if is_listed(shapes) else [shapes]
-    pairs = all(is_listed(s) and len(s) == 2 for s in shapes)
-    if len(shapes) != len(S) or not pairs or not all(isinstance(n, int) for s in shapes for n in s):
-        came = type(shapes[0]).__name__ if len(shapes) == 1 else f"{len(shapes)} values"
-        raise ValueError(f"shapes: expected (m, n) of {len(S)} layers for this cost, got {came}")
-    experts = [sigma.shape[0] if sigma.dim() == 2 else 1 for sigma in S]
     costs = rank_costs(kind, shapes, itemsize=itemsize)
+    if len(costs) != len(S):
+        raise ValueError(f"shapes: expected (m, n) of {len(S)} layers, got {len(costs)}")
+    experts = [sigma.shape[0] if sigma.dim() == 2 else 1 for sigma in S]
     return [count * one for count, one in zip(experts, costs, strict=True)]
 
 

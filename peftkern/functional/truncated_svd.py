@@ -27,6 +27,7 @@ from peftkern.functional.arguments import (
     WEIGHT_DTYPES,
     check_dense,
     check_float,
+    integer,
     is_listed,
     mismatch,
 )
@@ -154,12 +155,10 @@ def truncated_svd(
         arXiv:1504.05477; the bound: Kuczynski and Wozniakowski 1992, doi:10.1137/0613066
     """
     single, layers = _layers(weight, minus)
-    check_options(tol, certify, seed)
-    for name, value, low in (("rank", rank, 1), ("oversample", oversample, 0)):
-        if type(value) is not int or value < low:
-            raise mismatch(name, f"an integer of at least {low}", value)
-    if sweeps is not None and (type(sweeps) is not int or sweeps < 1):
-        raise mismatch("sweeps", "a positive integer, or None", sweeps)
+    seed = check_options(tol, certify, seed)
+    rank, oversample = integer("rank", rank, 1), integer("oversample", oversample)
+    if sweeps is not None:
+        sweeps = integer("sweeps", sweeps, 1)
     job, found = _Job(rank, rank + oversample, sweeps, tol, certify, seed), []
     device = layers[0].panels.device if layers else torch.device("cpu")
     off = torch.autocast(device.type, enabled=False)
@@ -178,14 +177,13 @@ def truncated_svd(
     return TruncatedSVD(U, S, Vh, norm, count, excess, certificate if certify else None)
 
 
-def check_options(tol: Any, certify: Any, seed: Any) -> None:
-    """Raise TypeError or ValueError for what `truncated_svd` does not take."""
+def check_options(tol: Any, certify: Any, seed: Any) -> int:
+    """Return the seed; raise TypeError or ValueError for what `truncated_svd` does not take."""
     if not isinstance(tol, numbers.Real) or isinstance(tol, bool) or not tol > 0:
         raise mismatch("tol", "a positive number", tol)
     if not isinstance(certify, bool):
         raise mismatch("certify", "True or False", certify)
-    if type(seed) is not int or not 0 <= seed < 1 << 63:
-        raise mismatch("seed", "an integer of at least 0 that fits 64 bits", seed)
+    return integer("seed", seed)
 
 
 _REPORTED = {

@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.functional import dequantize, lora_linear, nf4_linear, nf4_lora_linear
+from peftkern.functional.arguments import integer, number
 
 
 def check_linear(linear: nn.Module) -> None:
@@ -38,12 +39,12 @@ def kind_of(module: Any) -> str:
     return kind
 
 
-def check_update(r: int, lora_dropout: float = 0.0) -> None:
-    """Raise ValueError unless r is positive and lora_dropout in [0, 1)."""
-    if type(r) is not int or r < 1:
-        raise ValueError(f"r: expected a positive rank, got {r!r}")
-    if not 0.0 <= lora_dropout < 1.0:
+def check_update(r: int, lora_alpha: float, lora_dropout: float = 0.0) -> int:
+    """Return r; raise ValueError unless it is positive and lora_dropout in [0, 1)."""
+    number("lora_alpha", lora_alpha)
+    if not 0.0 <= number("lora_dropout", lora_dropout) < 1.0:
         raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {lora_dropout}")
+    return integer("r", r, 1)
 
 
 def dropout_p(layer: nn.Module) -> float:

@@ -56,7 +56,7 @@ class DoRALinear(LowRankFactors, OverFrozenBase):
         recompute: bool | None = None,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        check_update(r, lora_dropout)
+        r = check_update(r, lora_alpha, lora_dropout)
         super().__init__(base)
         self.r, self.lora_alpha, self.scaling = r, lora_alpha, lora_alpha / r
         self.lora_dropout, self.recompute = lora_dropout, recompute

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from peftkern.formats.block_weight import QuantizedWeight
 from peftkern.formats.nf4 import ArgumentError
 from peftkern.functional import dequantize
-from peftkern.functional.arguments import WEIGHT_DTYPES
+from peftkern.functional.arguments import WEIGHT_DTYPES, integer
 from peftkern.layers.state_keys import KeyLookup, any_key
 
 __all__ = ["ExpertStack"]
@@ -168,7 +168,12 @@ class ExpertStack(Tensor):
         packed, scale = self.parts
         if expert is None:
             return self.decoded(packed, scale)
+        expert = self._place(expert)
         return self.decoded(packed[expert], scale[expert])
+
+    def _place(self, expert: Any) -> int:
+        """Return which expert is meant: True, None or a slice would be all of them."""
+        return integer("expert", expert, -len(self), len(self) - 1)
 
     def decoded(self, packed: Tensor, scale: Tensor) -> Tensor:
         """Return dense values of any number of experts: parts [..., n] give [..., N, K]."""
@@ -180,12 +185,14 @@ class ExpertStack(Tensor):
     def expert(self, expert: int) -> QuantizedWeight:
         """Return one expert's matrix as it is stored; it shares its memory with the stack."""
         packed, scale = self.parts
+        expert = self._place(expert)
         matrix = self.shape[:0:-1] if self.turned else self.shape[1:]
         return self.weight_of(self, packed[expert], scale[expert], _sizes(matrix))
 
     @torch.no_grad()
     def put_expert(self, expert: int, w: QuantizedWeight) -> None:
         """Copy a matrix as it is stored, in this format, into the place of one expert's."""
+        expert = self._place(expert)
         for part, new in zip(self.parts, w.tensors, strict=True):
             part[expert].copy_(new)
 

@@ -144,7 +144,7 @@ class LoRAExperts(nn.Module):
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        check_update(r, lora_dropout)
+        r = check_update(r, lora_alpha, lora_dropout)
         names = weight_names(experts)
         chosen = names if targets is None else tuple(targets)
         if not chosen or not set(chosen) <= set(names):

@@ -45,7 +45,7 @@ class _Adapter(LowRankFactors, NamedErrors):
         lora_dropout: float,
         adapter_dtype: torch.dtype,
     ) -> None:
-        check_update(r, lora_dropout)
+        r = check_update(r, lora_alpha, lora_dropout)
         self.r = r
         self.lora_alpha = lora_alpha
         self.scaling = lora_alpha / r

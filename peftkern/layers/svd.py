@@ -60,7 +60,7 @@ class SVDLinear(OverFrozenBase):
         lora_dropout: float = 0.0,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        check_update(r, lora_dropout)
+        r = check_update(r, lora_alpha, lora_dropout)
         super().__init__(base)
         self.lora_alpha = lora_alpha if lora_alpha > 0 else float(r)
         self.lora_dropout = lora_dropout

@@ -26,6 +26,7 @@ from peftkern.functional.adalora import (
     adalora_importance_,
     orthogonality_loss,
 )
+from peftkern.functional.arguments import integer, mismatch, number
 from peftkern.layers.svd import SVDLinear
 from peftkern.methods.compaction import check_states, shrink_triplets_
 from peftkern.methods.processes import (
@@ -63,13 +64,12 @@ class BudgetSchedule:
     deltaT: int = 1  # the name that the paper and PEFT give it
 
     def __post_init__(self) -> None:
-        if self.init_budget < 0 or self.target_budget < 0:
-            raise ValueError(
-                "init_budget, target_budget: expected numbers of triplets, got "
-                f"{self.init_budget} and {self.target_budget}"
-            )
-        if self.deltaT < 1:
-            raise ValueError(f"deltaT: expected at least one step, got {self.deltaT}")
+        for name in ("init_budget", "target_budget"):
+            budget = getattr(self, name)
+            if not number(name, budget) >= 0:
+                raise mismatch(name, "a number of at least 0", budget)
+        for name, low in (("total_step", 0), ("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
+            object.__setattr__(self, name, integer(name, getattr(self, name), low))
         if self.tinit >= self.last_step:
             raise ValueError(
                 f"tinit: expected less than total_step - tfinal = {self.last_step}, "
@@ -199,7 +199,7 @@ class RankAllocator:
         if ties not in TIES:
             raise ValueError(f"ties: expected one of {TIES}, got {ties!r}")
         ranks = [layer.r for layer in self.layers.values()]
-        budgets: tuple[float, float] = sum(ranks), int(target_r * len(ranks))
+        budgets: tuple[float, float] = sum(ranks), int(number("target_r", target_r) * len(ranks))
         self.limits: RankLimits | None = None
         if budget is not None and not budget.is_plain:
             self.limits = budget.limits(self._triplets(), target_r, model)
@@ -227,6 +227,7 @@ class RankAllocator:
             and naming the layer on a non-finite one
             (on a CPU; elsewhere it would have to wait: see `Importance.check_finite`).
         """
+        step = integer("step", step)
         layers = self._triplets()
         plain = are_plain(flat(layers.values()))
         if not plain:

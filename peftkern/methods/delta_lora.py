@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.functional.arguments import integer, number
 from peftkern.layers.base import (
     LowRankFactors,
     check_update,
@@ -84,7 +85,7 @@ class DeltaLoRALinear(LowRankFactors, OverFrozenBase):
         lam: float = 2.0,
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
-        check_update(r)
+        r = check_update(r, lora_alpha)
         _check_lam(lam)
         super().__init__(base)
         self.r, self.lora_alpha, self.lam = r, lora_alpha, lam
@@ -167,7 +168,7 @@ class DeltaLoRAScheduler:
             raise ValueError("model: expected DeltaLoRALinear layers, found none")
         for name, layer in self.layers.items():
             check_readable([(f"{name}.lora_B", layer.lora_B)], "Delta-LoRA", model)
-        self.start_step, self.last_step = _check_start(start_step), 0
+        self.start_step, self.last_step = integer("start_step", start_step), 0
         self._start()
 
     def step(self) -> None:
@@ -232,7 +233,7 @@ class InPlaceDeltaLoRA:
         self.lam, self.rounding, self.generator = lam, rounding, generator
         if several() and rounding == "stochastic":
             self.generator = _shared(generator, self.pairs[0].lora_B.device)
-        self.start_step, self.last_step = _check_start(start_step), 0
+        self.start_step, self.last_step = integer("start_step", start_step), 0
         self._written: list[tuple[Tensor, Tensor]] = []  # A and B as the weights contain them
         if self.start_step == 0:
             self._follow()
@@ -378,11 +379,5 @@ def _shared(generator: torch.Generator | None, device: torch.device) -> torch.Ge
 
 
 def _check_lam(lam: float) -> None:
-    if not 0.0 <= lam < math.inf:
+    if not 0.0 <= number("lam", lam) < math.inf:
         raise ValueError(f"lam: expected a finite number of at least 0, got {lam}")
-
-
-def _check_start(start_step: int) -> int:
-    if start_step < 0:
-        raise ValueError(f"start_step: expected at least 0, got {start_step}")
-    return start_step

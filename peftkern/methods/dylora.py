@@ -32,6 +32,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from peftkern.functional.arguments import integer
 from peftkern.layers import LoRALinear, NF4LoRALinear
 from peftkern.layers.base import (
     check_update,
@@ -75,7 +76,7 @@ class DyLoRALinear(OverFrozenBase):
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(base)
-        check_update(r, lora_dropout)
+        r = check_update(r, lora_alpha, lora_dropout)
         self.lora_alpha, self.lora_dropout = lora_alpha, lora_dropout
         self.scale_by_rank = scale_by_rank
         factory = {"dtype": adapter_dtype, "device": base.weight.device}
@@ -148,8 +149,7 @@ def set_rank(model: nn.Module, rank: int, *, train_last_only: bool = False) -> N
     """
     layers = _layers(model)
     largest = max(layer.r for layer in layers)
-    if type(rank) is not int or not 1 <= rank <= largest:
-        raise ValueError(f"rank: expected 1 to {largest}, got {rank!r}")
+    rank = integer("rank", rank, 1, largest)
     for layer in layers:
         layer.rank, layer.train_last_only = min(rank, layer.r), train_last_only
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from peftkern.functional.arguments import check_tensor, integer
 from peftkern.layers.base import (
     check_update,
     dropout_p,
@@ -49,9 +50,9 @@ def orthonormal_columns(angles: Tensor, size: int, r: int) -> Tensor:
     Raises: ValueError naming the argument if the number of angles fits no L, or r no matrix.
     Gradients: angles; twice differentiable; nothing but the result and the small matrices is saved.
     """
-    qubits = size.bit_length() - 1
-    if not 1 <= r <= size:
-        raise ValueError(f"r: expected 1 to {size}, the rows of the matrix, got {r}")
+    size = integer("size", size, 1)
+    r, qubits = integer("r", r, 1, size), size.bit_length() - 1
+    check_tensor("angles", angles)
     if angles.dtype not in (torch.float32, torch.float64) or angles.dim() != 1:
         wanted = "[n] float32 or float64, since rounded angles turn by too much"
         raise ValueError(f"angles: expected {wanted}, got {list(angles.shape)} {angles.dtype}")
@@ -96,12 +97,11 @@ class QuantumPEFTLinear(OverFrozenBase):
         lora_dropout: float = 0.0,
     ) -> None:
         super().__init__(base)
-        check_update(r, lora_dropout)
+        r = check_update(r, lora_alpha, lora_dropout)
         K, N = base.in_features, base.out_features
         if r > min(N, K):
             raise ValueError(f"r: expected at most {min(N, K)}, the smaller side, got {r}")
-        if type(layers) is not int or layers < 0:
-            raise ValueError(f"layers: expected a number of at least 0, got {layers!r}")
+        layers = integer("layers", layers)
         self.layers, self.lora_dropout = layers, lora_dropout
         self.scaling = lora_alpha / r
         factory = {"dtype": torch.float32, "device": base.weight.device}

@@ -30,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftkern.functional.arguments import integer, number
 from peftkern.functional.rosa import SparseMask, rosa_linear
 from peftkern.layers.base import (
     LowRankFactors,
@@ -84,7 +85,7 @@ class RoSALinear(LowRankFactors, OverFrozenBase):
         adapter_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__(base)
-        check_update(r, lora_dropout)
+        r = check_update(r, lora_alpha, lora_dropout)
         N, K = self.out_features, self.in_features
         nnz = _check_nnz(density, nnz, N * K)
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
@@ -264,12 +265,9 @@ class RoSAScheduler:
         self.layers = _layers(model)
         for name, layer in self.layers.items():
             check_readable([(f"{name}.lora_B", layer.lora_B)], "RoSAScheduler", model)
-        if type(warmup_steps) is not int or warmup_steps < 1:
-            raise ValueError(f"warmup_steps: expected at least 1, got {warmup_steps!r}")
-        if type(collect_steps) is not int or not 1 <= collect_steps <= warmup_steps:
-            raise ValueError(f"collect_steps: expected 1 to {warmup_steps}, got {collect_steps!r}")
-        if type(candidates) is not int or candidates < 1:
-            raise ValueError(f"candidates: expected at least 1, got {candidates!r}")
+        warmup_steps = integer("warmup_steps", warmup_steps, 1)
+        collect_steps = integer("collect_steps", collect_steps, 1, warmup_steps)
+        candidates = integer("candidates", candidates, 1)
         if importance not in IMPORTANCES:
             raise ValueError(f"importance: expected one of {list(IMPORTANCES)}, got {importance!r}")
         self.warmup_steps, self.collect_steps = warmup_steps, collect_steps
@@ -384,9 +382,7 @@ def _check_nnz(density: float | None, nnz: int | None, numel: int) -> int:
         raise ValueError("density, nnz: expected one of them, got both")
     if nnz is None:
         density = 0.01 if density is None else density
-        if not 0.0 < density <= 1.0:
+        if not 0.0 < number("density", density) <= 1.0:
             raise ValueError(f"density: expected a share in (0, 1], got {density}")
-        nnz = max(1, round(density * numel))
-    if type(nnz) is not int or not 1 <= nnz <= numel:
-        raise ValueError(f"nnz: expected 1 to {numel}, got {nnz!r}")
-    return nnz
+        nnz = max(1, round(float(density) * numel))
+    return integer("nnz", nnz, 1, numel)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -367,3 +368,42 @@ def test_explain_refuses_as_the_function_does(call):
 def test_explain_names_what_an_op_cannot_take(args, says):
     with pytest.raises(ValueError, match=re.escape(says)):
         peftkern.explain(*args)
+
+
+STACK = peftkern.layers.NF4Stack.from_dense(torch.randn(3, N, K))
+# Arguments that are integers, and calls that 2 fits.
+INTEGERS: dict[str, Callable[[Any], object]] = {
+    "num_experts": lambda n: peftkern.route(torch.zeros(M, 1).long(), n),
+    "budget": lambda n: importance.adalora_allocate_(torch.ones(R), [torch.ones(R, 1)], n),
+    "ranks": lambda n: svd.truncate_lora(svd.low_rank_svd(**FACTORS), n),
+    "r_min": lambda n: svd.allocate_rank([torch.ones(R)], 4, r_min=n),
+    "r_max": lambda n: svd.allocate_rank([torch.ones(R)], 4, r_max=n),
+    "shapes": lambda n: svd.rank_costs("bytes", [(N, n)]),
+    "itemsize": lambda n: svd.rank_costs("bytes", [(N, K)], itemsize=n),
+    "rank": lambda n: truncated_svd(DENSE, n),
+    "oversample": lambda n: truncated_svd(DENSE, 2, oversample=n),
+    "sweeps": lambda n: truncated_svd(DENSE, 2, sweeps=n),
+    "seed": lambda n: truncated_svd(DENSE, 2, seed=n),
+    "expert": lambda n: STACK.expert(n),
+}
+
+
+@pytest.mark.parametrize("argument", INTEGERS)
+def test_integers_of_every_kind_are_taken_and_nothing_else(argument):
+    call = INTEGERS[argument]
+    for right in (2, np.int64(2), np.uint8(2), torch.tensor(2)):
+        call(right)
+    wrong = (2.0, np.float64(2), torch.tensor(2.0), True, "2", -4, 2**63, math.nan, [2.0])
+    for given in wrong:
+        said = refused(call, {"n": given}, (ValueError, TypeError))
+        assert said.startswith(f"{argument}: expected ") and "\n" not in said, (given, said)
+
+
+def test_no_expert_is_written_by_what_is_no_place():
+    before = [part.clone() for part in STACK.parts]
+    for place in (None, True, slice(None), 1.0, 3):
+        with pytest.raises(
+            ValueError, match="expert: expected an integer of at least -3 and at most 2"
+        ):
+            STACK.set_expert(place, torch.zeros(N, K))
+    assert all(map(torch.equal, STACK.parts, before))

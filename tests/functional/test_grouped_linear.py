@@ -208,8 +208,8 @@ def test_route_of_no_token():
         (torch.tensor([[0, -1]]), 2, "top_k_index: expected ids from 0 on, got -1"),
         (torch.tensor([0, 1]), 2, r"top_k_index: expected \[T, top\], got \[2\]"),
         (torch.tensor([[0.0]]), 2, "top_k_index: expected one of"),
-        (torch.tensor([[0]]), 0, "num_experts: expected a positive integer, got 0"),
-        (torch.tensor([[0]]), 1.5, "num_experts: expected a positive integer, got 1.5"),
+        (torch.tensor([[0]]), 0, "num_experts: expected an integer of at least 1, got 0"),
+        (torch.tensor([[0]]), 1.5, "num_experts: expected an integer of at least 1, got 1.5"),
     ],
 )
 def test_route_refuses(index, experts, message):

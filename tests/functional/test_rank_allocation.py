@@ -139,8 +139,10 @@ def test_costs_by_name():
         assert ranks[0] == ranks[1]
     with pytest.raises(ValueError, match=r"cost: expected one of rank, .*got 'time'"):
         allocate_rank(S, 2, cost="time", shapes=shapes)
-    with pytest.raises(ValueError, match=r"shapes: expected \(m, n\) of 2 layers .* got NoneType"):
+    with pytest.raises(ValueError, match=r"shapes: expected \(m, n\) of every layer, got None"):
         allocate_rank(S, 2, cost="bytes")
+    with pytest.raises(ValueError, match=r"shapes: expected \(m, n\) of 2 layers, got 1"):
+        allocate_rank(S, 2, cost="bytes", shapes=shapes[:1])
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e250])
@@ -192,7 +194,7 @@ def test_allocate_rank_ties_and_zeros():
         ([torch.ones(2)], {"cost": [0.0]}, "cost: expected positive numbers, layer 0 has 0.0"),
         ([torch.ones(2)], {"cost": [1.0, 1.0]}, "cost: expected 1 numbers, got 2"),
         ([torch.ones(2)], {"r_min": 3}, "r_min, r_max: .*layer 0 has 3 and 2"),
-        ([torch.ones(2)], {"r_min": -1}, "r_min, r_max"),
+        ([torch.ones(2)], {"r_min": -1}, "r_min: expected an integer of at least 0, got -1"),
         ([torch.ones(2)] * 3, {"r_min": 1}, "budget: expected at least 3, r_min's cost, got 2"),
     ],
 )
@@ -228,7 +230,9 @@ def test_truncate_bad_arguments():
     svd = low_rank_svd(B0, A0)
     with pytest.raises(ValueError, match=r"form: expected one of .*got 'dense'"):
         truncate_lora(svd, 1, "dense")
-    with pytest.raises(ValueError, match="ranks: expected 0 to 2, layer 0 has 3"):
+    with pytest.raises(
+        ValueError, match="ranks: expected an integer of at least 0 and at most 2, got 3"
+    ):
         truncate_lora(svd, 3)
     with pytest.raises(ValueError, match="ranks: expected 1 numbers, got 2"):
         truncate_lora(svd, [1, 1])

@@ -132,11 +132,11 @@ def test_nothing_waits_for_the_device():
     [
         ({"cost": [1.0]}, "cost: expected .* one for each of 2 layers"),
         ({"cost": 0}, "cost: expected a positive number, got 0"),
-        ({"r_min": 1.5}, "r_min: expected a number of triplets, got 1.5"),
+        ({"r_min": 1.5}, "r_min: expected an integer of at least 0, got 1.5"),
         ({"r_min": [2, 0], "r_max": 1}, "r_min, r_max: expected r_min <= r_max"),
         ({"r_min": 2, "budget": 3}, "budget: expected at least 4, the cost of r_min, got 3"),
         ({"budget": float("nan"), "r_min": 1}, "budget: expected what the triplets may cost"),
-        ({"budget": 2.5}, "budget: expected a number of triplets, got 2.5"),
+        ({"budget": 2.5}, "budget: expected an integer of at least 0, got 2.5"),
     ],
 )
 def test_a_wrong_limit_is_named(change, complaint):

@@ -406,7 +406,7 @@ DENSE = torch.ones(6, 5)
         ((DENSE, 0), {}, "rank: expected an integer of at least 1, got 0"),
         ((DENSE, 2.0), {}, "rank: expected an integer of at least 1, got 2.0"),
         ((DENSE, 2), {"oversample": -1}, "oversample: expected an integer of at least 0"),
-        ((DENSE, 2), {"sweeps": 0}, "sweeps: expected a positive integer, or None, got 0"),
+        ((DENSE, 2), {"sweeps": 0}, "sweeps: expected an integer of at least 1, got 0"),
         ((DENSE, 2), {"tol": 0.0}, "tol: expected a positive number, got 0.0"),
         ((DENSE, 2), {"minus": DENSE.T}, r"minus: expected \[6, 5\] on cpu, got \[5, 6\]"),
         (([DENSE], 2), {"minus": [None, None]}, "minus: expected 1 as in weight, got 2"),

@@ -262,7 +262,7 @@ def test_what_is_no_module_of_experts_is_refused():
         LoRAExperts(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="targets: expected some of"):
         LoRAExperts(family("mixtral"), targets=["up_proj"])
-    with pytest.raises(ValueError, match="r: expected a positive rank"):
+    with pytest.raises(ValueError, match="r: expected an integer of at least 1"):
         LoRAExperts(family("mixtral"), r=0)
     normed = family("mixtral")
     normed.has_post_expert_norm = True

@@ -350,7 +350,10 @@ def test_arguments_are_checked():
         (lambda: DeltaLoRALinear(linear, lam=-1.0), "^lam: expected"),
         (lambda: DeltaLoRALinear(linear, lam=math.inf), "^lam: expected"),
         (lambda: DeltaLoRAScheduler(linear), "model: expected DeltaLoRALinear layers"),
-        (lambda: DeltaLoRAScheduler(delta(linear), -1), "start_step: expected at least 0"),
+        (
+            lambda: DeltaLoRAScheduler(delta(linear), -1),
+            "start_step: expected an integer of at least 0",
+        ),
         (lambda: InPlaceDeltaLoRA(our_net(), rounding="up"), "rounding: expected one of"),
         (lambda: InPlaceDeltaLoRA(half), r"^: expected a dense weight \[4, 4\].*float16"),
         (lambda: InPlaceDeltaLoRA(packed), "^proj: expected a dense .*DeltaLoRALinear works"),

@@ -161,7 +161,9 @@ def test_state_dict_and_wrong_arguments():
     x = torch.randn(2, 64)
     assert torch.equal(layer(x), other(x))
     for rank in (0, 5, 1.5):
-        with pytest.raises(ValueError, match="rank: expected 1 to 4"):
+        with pytest.raises(
+            ValueError, match="rank: expected an integer of at least 1 and at most 4"
+        ):
             set_rank(layer, rank)
     with pytest.raises(ValueError, match="model: expected at least one DyLoRALinear"):
         sample_rank(nn.Linear(2, 2))

@@ -208,7 +208,7 @@ def test_wrong_arguments_are_named():
     for angles, r, complaint in (
         (torch.zeros(5), 1, r"angles: expected 3 .* for 8 rows, got 5"),
         (torch.zeros(3).bfloat16(), 1, r"angles: expected .* float32"),
-        (torch.zeros(3), 9, r"r: expected 1 to 8"),
+        (torch.zeros(3), 9, r"r: expected an integer of at least 1 and at most 8"),
     ):
         with pytest.raises(ValueError, match=complaint):
             orthonormal_columns(angles, 8, r)

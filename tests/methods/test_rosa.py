@@ -151,7 +151,7 @@ def test_layer_refuses():
     for options, says in [
         ({"density": 0.0}, r"density: expected a share in \(0, 1\], got 0.0"),
         ({"density": 1.5}, "density"),
-        ({"nnz": 25}, "nnz: expected 1 to 24, got 25"),
+        ({"nnz": 25}, "nnz: expected an integer of at least 1 and at most 24, got 25"),
         ({"nnz": 0}, "nnz"),
         ({"nnz": 3, "density": 0.1}, "got both"),
     ]:
@@ -325,8 +325,11 @@ def test_scheduler_state_and_report():
 def test_scheduler_refuses():
     model = nn.Sequential(RoSALinear(nn.Linear(12, 8), nnz=9))
     for options, says in [
-        ({"warmup_steps": 0}, "warmup_steps: expected at least 1, got 0"),
-        ({"warmup_steps": 3, "collect_steps": 4}, "collect_steps: expected 1 to 3, got 4"),
+        ({"warmup_steps": 0}, "warmup_steps: expected an integer of at least 1, got 0"),
+        (
+            {"warmup_steps": 3, "collect_steps": 4},
+            "collect_steps: expected an integer of at least 1 and at most 3, got 4",
+        ),
         ({"warmup_steps": 3, "candidates": 0}, "candidates"),
         ({"warmup_steps": 3, "importance": "cubed"}, "importance"),
     ]:

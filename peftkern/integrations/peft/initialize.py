@@ -115,7 +115,7 @@ def initialize_(
         has it where the model or the loss raises on a batch.
     """
     _check_arguments(method, rank, steps)
-    check_options(tol, certify, seed)
+    seed = check_options(tol, certify, seed)
     batches = listed_batches(batches, needed=method in FROM_DATA, by=method)
     _check_model(model, method, lora_config, adapter_name)
     options = {"tol": tol, "certify": certify, "seed": seed}

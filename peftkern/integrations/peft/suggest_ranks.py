@@ -104,7 +104,7 @@ def suggest_ranks(
         raise mismatch("by", f"one of {SOURCES}", by)
     if relative not in (None, True, False):
         raise mismatch("relative", "True, False or None", relative)
-    check_options(tol, certify, seed)
+    seed = check_options(tol, certify, seed)
     _check_model(model, lora_config)
     wanted = LoraBudget(lora_config.r, budget, cost, min_rank, max_rank)
     found = listed_batches(batches, needed=by != "weights", by=by)
