@@ -26,7 +26,8 @@ from pathlib import Path
 from types import FrameType
 from unittest import mock
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if __name__ == "__main__":  # before any library reads it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from faked_gpu import faked_gpu

@@ -21,7 +21,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-os.environ.pop("TRITON_INTERPRET", None)  # which would leave nothing to compile
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # which would leave nothing to compile
 
 import triton
 from aot_cases import CASES, KNOWN_SPILLS

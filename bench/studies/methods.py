@@ -26,7 +26,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own log lines; read at import
+if __name__ == "__main__":
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's log lines; read at import
 
 import torch
 from qlora_training import InputError, random_llama, read_text, token_ids

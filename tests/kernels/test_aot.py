@@ -79,7 +79,8 @@ def test_launches_compile_fit_and_use_what_is_committed(archs, quick, tmp_path):
 
 
 BROKEN_LAUNCHES = """
-import sys
+import os, sys
+os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, "bench")
 import resources, torch, triton
 import triton.language as tl

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import itertools
+import re
 import rlcompleter
 from collections.abc import Iterator
 from pathlib import Path
@@ -167,6 +168,38 @@ def test_wrong_imports_and_circles_are_found(tmp_path):
     found, complaints = violations(tmp_path), {complaint for _, complaint in BROKEN.values()}
     assert all(any(complaint in text for text in found) for complaint in complaints)
     assert len(found) == len(BROKEN) - 1
+
+
+def writes_to_the_environment(source: str) -> list[int]:
+    """Lines that change os.environ when a file is imported, not run as a program."""
+    if "environ" not in source and "putenv" not in source:  # most files, which need no tree
+        return []
+    found = []
+    for top in ast.parse(source).body:
+        program = isinstance(top, ast.If) and "__name__" in ast.unparse(top.test)
+        for node in () if program or isinstance(top, ast.FunctionDef) else ast.walk(top):
+            if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+                writes = ast.unparse(node.value) == "os.environ"
+            elif isinstance(node, ast.Call):
+                writes = re.fullmatch(
+                    r"os\.(putenv|environ\.(setdefault|update|pop|clear))", ast.unparse(node.func)
+                )
+            else:
+                writes = False
+            if writes:
+                found.append(node.lineno)
+    return found
+
+
+def test_no_import_changes_the_environment_of_the_process():
+    assert writes_to_the_environment("os.environ.setdefault('A', '1')\ndel os.environ['A']") == [
+        1,
+        2,
+    ]
+    assert writes_to_the_environment("if __name__ == '__main__':\n    os.environ['A'] = '1'") == []
+    for folder in ("peftkern", "kernels", "bench", "examples"):
+        for path in (PACKAGE.parent / folder).rglob("*.py"):
+            assert writes_to_the_environment(path.read_text(encoding="utf-8")) == [], path
 
 
 def test_earlier_names_lead_to_the_same_modules():

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import os
 from collections.abc import Callable
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from peft import LoraConfig, get_peft_model
