@@ -42,10 +42,7 @@ NF4LinearArgs linear_args(int threads, int64_t M, int64_t N, int64_t K, int64_t 
                           int dtype, const py::tuple& w, uintptr_t s, uintptr_t factor,
                           uintptr_t out) {
   NF4LinearArgs args;
-  args.M = M;
-  args.N = N;
-  args.K = K;
-  args.r = r;
+  args.M = M, args.N = N, args.K = K, args.r = r;
   args.in = pointer<const void>(in);
   args.dtype = dtype_from_code(dtype);
   args.w = view_of(w);
@@ -58,9 +55,7 @@ NF4LinearArgs linear_args(int threads, int64_t M, int64_t N, int64_t K, int64_t 
 
 void set_lora_args(LoraArgs& args, int threads, int64_t M, int64_t K, int64_t r, int dtype,
                    uintptr_t keep, float scale) {
-  args.M = M;
-  args.K = K;
-  args.r = r;
+  args.M = M, args.K = K, args.r = r;
   args.dtype = dtype_from_code(dtype);
   args.keep = pointer<const uint8_t>(keep);
   args.scale = scale;
@@ -104,8 +99,7 @@ std::vector<LowRankPair> low_rank_pairs(const std::vector<std::array<int64_t, 9>
   std::vector<LowRankPair> pairs(table.size());
   for (size_t i = 0; i < table.size(); ++i) {
     const auto& [m, n, b, b_dtype, a, a_dtype, u, s, vh] = table[i];
-    pairs[i].m = m;
-    pairs[i].n = n;
+    pairs[i].m = m, pairs[i].n = n;
     pairs[i].b = pointer<const void>(static_cast<uintptr_t>(b));
     pairs[i].b_dtype = dtype_from_code(static_cast<int>(b_dtype));
     pairs[i].a = pointer<const void>(static_cast<uintptr_t>(a));
@@ -389,8 +383,7 @@ PYBIND11_MODULE(_cpu, m) {
            bool over_rows, uintptr_t x, int dtype, uintptr_t out, int out_dtype, int64_t few_rows) {
           NF4GroupedArgs args;
           args.groups = row_groups(groups);
-          args.N = N;
-          args.K = K;
+          args.N = N, args.K = K;
           args.w = view_of(w);
           args.over_rows = over_rows;
           args.x = pointer<const void>(x);
@@ -408,9 +401,7 @@ PYBIND11_MODULE(_cpu, m) {
         [](int isa, int threads, int64_t N, int64_t K, int64_t r, const py::object& weight,
            int dtype, uintptr_t a, uintptr_t b, uintptr_t norm) {
           DoraNormArgs args;
-          args.N = N;
-          args.K = K;
-          args.r = r;
+          args.N = N, args.K = K, args.r = r;
           set_weight(args, weight);
           args.dtype = dtype_from_code(dtype);
           args.a = pointer<const float>(a);
@@ -424,9 +415,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("gram_product", [](int isa, int64_t m, int64_t n, int64_t width, const py::object& weight,
                            int dtype, uintptr_t x, uintptr_t y, uintptr_t z, uintptr_t squares) {
     GramProductArgs args;
-    args.m = m;
-    args.n = n;
-    args.width = width;
+    args.m = m, args.n = n, args.width = width;
     set_weight(args, weight);
     args.dtype = dtype_from_code(dtype);
     args.x = pointer<const float>(x);
