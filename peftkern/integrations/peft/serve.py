@@ -98,10 +98,14 @@ class PatchedLayer(PatchedForward):
             answer = tensor_parallel.answer(self, x)
             if answer is not None:
                 return answer
+        try:
+            on_cpu = x.is_cpu
+        except AttributeError:  # no tensor, which PEFT refuses; to ask would be a call
+            return Fallback(f"input is {type(x).__name__}")
         if (
             type(base_layer) in DENSE_TYPES
             and not self.other_base
-            and x.is_cpu
+            and on_cpu
             and is_small(self, x, self.out_features, self.in_features, self.lora_variant)
             and (compiling or dispatch.forced_backend() is None)
             # Processes, whose rows may differ, enter the units of an engine alike.

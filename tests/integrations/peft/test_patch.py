@@ -357,6 +357,17 @@ def test_checks_per_call_are_cheap():
     assert len(called) <= CALLS_OF_THE_CHECKS, called
 
 
+@pytest.mark.parametrize("given", [None, [1.0], 3])
+def test_what_is_no_tensor_is_refused_as_peft_refuses_it(given):
+    model, told = lora_net(make_linear()), []
+    for patch in (lambda model: None, peftkern.patch):
+        patch(model)
+        with pytest.raises(TypeError) as caught:
+            layer_of(model)(given)
+        told.append(str(caught.value))
+    assert told[0] == told[1]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_layers_that_are_left_to_peft_cost_few_calls(training, monkeypatch):
     """Each is a microsecond: after PEFT's own operations nothing of ours is in the caches."""
