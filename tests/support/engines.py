@@ -18,8 +18,6 @@ from accelerate.state import AcceleratorState, GradientState
 from adalora_models import quantize_4bit_
 from peft_models import add_lora, fallbacks, served_by_us, text_batch, tiny_llama
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 import peftkern
 
@@ -73,14 +71,6 @@ def nf4_llama(**config: Any) -> nn.Module:
     base = tiny_llama()
     peftkern.quantize_(base)
     return add_lora(base, **config)
-
-
-def in_decoder_layers(model: nn.Module) -> nn.Module:
-    """`fully_shard`, a decoder layer as a unit and the rest as another, over all ranks."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.base_model.model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
 
 
 def share(step: int) -> dict[str, Tensor]:

@@ -56,10 +56,7 @@ def in_factors(model: nn.Module, **options: Any) -> nn.Module:
 
 def in_layers(model: nn.Module, **options: Any) -> nn.Module:
     """FSDP2: each decoder layer a unit."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for module in (*model.base_model.model.model.layers, model):
-        fully_shard(module, mesh=mesh, **options)
-    return model
+    return _shard(model, (), options)
 
 
 def in_one(model: nn.Module, **options: Any) -> nn.Module:

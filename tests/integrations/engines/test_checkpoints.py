@@ -21,7 +21,6 @@ from adalora_runs import BEST, BestAt
 from engines import (
     CURVE,
     LAYERS,
-    in_decoder_layers,
     in_ranks,
     lora_llama,
     loss_curve,
@@ -31,7 +30,7 @@ from engines import (
     qlora_llama,
     share,
 )
-from fsdp import flat
+from fsdp import flat, in_layers
 from peft_models import fill_adapters
 from rows import ACCELERATE, CHECKPOINTS, DCP, TRAINER, Checkpoint
 from torch import Tensor, nn
@@ -63,7 +62,7 @@ MODELS = {
 }
 
 
-WRAPS = {"FSDP1": flat, "FSDP2": in_decoder_layers}
+WRAPS = {"FSDP1": flat, "FSDP2": in_layers}
 TWINS = [  # of what the same engine does with another base, or saves by another writer
     Checkpoint("FSDP1", DCP, "QLoRA (bitsandbytes)", "resumes"),
     Checkpoint("FSDP2", DCP, "LoRA", "resumes"),
@@ -348,7 +347,7 @@ def adapters(rank: int, folder: Path) -> None:
         model = lora_llama()
         fill_adapters(model)
         peftkern.patch(model)
-        wrapped = in_decoder_layers(model) if engine == "FSDP2" else DistributedDataParallel(model)
+        wrapped = in_layers(model) if engine == "FSDP2" else DistributedDataParallel(model)
         wrapped(**share(0)).loss.backward()
         whole = get_model_state_dict(model, options=options(True))
         model.save_pretrained(folder / f"{engine}-{rank}", state_dict=whole)

@@ -22,7 +22,8 @@ from engine_runs import (
     products_served,
     share_of,
 )
-from engines import CURVE, STEPS, in_decoder_layers, in_ranks
+from engines import CURVE, STEPS, in_ranks
+from fsdp import in_layers
 from method_models import batches
 from peft_models import add_lora, fill_adapters, take_small_layers, tiny_llama
 from rows import METHOD_ROWS, Row
@@ -127,7 +128,7 @@ def train_llama(method: str, engine: str) -> tuple[Tensor, str]:
     model = llama_of(method)
     peftkern.patch(model)
     peftkern.reset_stats()
-    wrapped = DistributedDataParallel(model) if engine == "DDP" else in_decoder_layers(model)
+    wrapped = DistributedDataParallel(model) if engine == "DDP" else in_layers(model)
     optimizer = adamw_of(model)
     if method == "AdaLoRA":
         AdaLoraSteps(model, optimizer, STEPS, compact=None)
