@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from peftkern.formats.table import FORMATS, FP4, NF4, NF4_CODE, NUMBERS, code_of
@@ -424,7 +425,7 @@ def _check_nested_dtype(dtype: Any) -> None:
 def _check_quant_map(code: Any, quant_type: str) -> None:
     """Refuse a table other than the format's: the kernels have that one built in."""
     check_tensor("quant_map", code, torch.float32, 16, None)
-    if code.is_meta or torch.compiler.is_compiling():
+    if code.is_meta or torch.compiler.is_compiling() or detect_fake_mode((code,)) is not None:
         return  # there is no data to read
     expected = f"{quant_type.upper()}'s sixteen values"
     if code.is_cpu:

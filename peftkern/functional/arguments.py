@@ -198,12 +198,31 @@ def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...] | None:
     return tuple(needs) if True in needs else None
 
 
+def is_constant(scaling: Any) -> bool:
+    """Return whether an op can take a scaling as it is: a float, in a graph one that stays.
+
+    Ops have no symbolic floats: with one, a graph is compiled anew for every value of a schedule.
+    """
+    if type(scaling) is not float:
+        return False
+    return not torch.compiler.is_compiling() or _stays(scaling)
+
+
+def _stays(number: float) -> bool:
+    """Return whether a number of a graph is no symbol."""
+    return torch.fx.experimental.symbolic_shapes.has_static_value(number)
+
+
 def fold_scaling(lora_B: Tensor, scaling: float | Tensor, x: Tensor) -> tuple[Tensor, float]:
-    """Return lora_B and a number; a tensor goes into lora_B: the host never waits for its value."""
-    if not isinstance(scaling, Tensor):
+    """Return lora_B and a number; a tensor goes into lora_B: the host never waits for its value.
+
+    So does a symbol of a graph, whose value no op takes.
+    """
+    if isinstance(scaling, Tensor):
+        if scaling.dim() != 0:
+            raise mismatch("scaling", "a number or a 0-dim tensor", scaling)
+    elif type(scaling) is not float or is_constant(scaling):
         return lora_B, number("scaling", scaling)
-    if scaling.dim() != 0:
-        raise mismatch("scaling", "a number or a 0-dim tensor", scaling)
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     return lora_B.to(wide) * scaling, 1.0
 

@@ -18,6 +18,7 @@ from peftkern.functional.arguments import (
     check_stored,
     draw_keep,
     fold_scaling,
+    is_constant,
     late_cast,
     needs_gradient,
 )
@@ -95,7 +96,7 @@ def _nf4_lora_linear(
     check_linear(x, *w.shape, bias, dropout_p)
     if lora_B is not None:
         check_factors(*w.shape, x.device, lora_A, lora_B)
-        if type(scaling) is not float:
+        if not is_constant(scaling):
             _, lora_A, lora_B = cast_for_autocast(x, lora_A, lora_B)
             (lora_B, scaling), dtype = fold_scaling(lora_B, scaling, x), None
     keep = draw_keep(x, dropout_p) if dropout_p else None

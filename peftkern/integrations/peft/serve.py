@@ -66,7 +66,7 @@ class Adapter(NamedTuple):
     def dropout_p(self) -> float:
         """Probability with which the adapter's input is dropped now."""
         drop = self.dropout
-        return drop.p if drop.training and type(drop) is nn.Dropout else 0.0
+        return drop.p if type(drop) is nn.Dropout and drop.training else 0.0
 
 
 _SMALL = Fallback("small dense product: PEFT's own operations are as fast")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,8 @@ from peft_models import (
 from peft_oracle import dora_net, norms_computed
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import peftkern
 from peftkern.integrations.peft.lora import PatchedLinear
@@ -292,6 +295,68 @@ def test_compile_calls_the_op_and_sees_a_change_of_state():
     layer_of(model).enable_adapters(True)
     layer_of(model).scaling["default"] = 7.0
     torch.testing.assert_close(compiled(x), model(x))
+
+
+def graphs_of(model: nn.Module, calls: Callable[[Callable[[Tensor], Tensor]], None]) -> int:
+    """Count the graphs of a layer that some calls compile."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    calls(torch.compile(layer_of(model), fullgraph=True, backend=counter))
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_schedule_of_scaling_compiles_as_often_as_in_peft(make, autocast):
+    """The first other value makes a graph for all."""
+    model, twin = pair(make)
+    steps = {net: [] for net in (model, twin)}
+
+    def calls(net, compiled):
+        for scaling in (1.5, 0.5, -2.0, 3.0, 0.0):
+            layer_of(net).scaling["default"] = scaling
+            x = torch.randn(3, K, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                y = compiled(x)
+            y.square().mean().backward()
+            trained = [p for p in net.parameters() if p.requires_grad]
+            steps[net] += [y.detach(), x.grad, *(p.grad.clone() for p in trained)]
+            net.zero_grad()
+
+    counts = [graphs_of(net, functools.partial(calls, net)) for net in (twin, model)]
+    assert counts == [2, 2]
+    bound = {"rtol": 0.02, "atol": 0.02} if autocast else {"rtol": 2e-5, "atol": 2e-6}
+    torch.testing.assert_close(steps[twin], steps[model], **bound)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_modes_compile_as_often_as_in_peft(make):
+    """Without dropout a graph of training serves in evaluation."""
+    model, twin = pair(make)
+
+    def calls(net, compiled):
+        for training, gradients in itertools.product((True, False), repeat=2):
+            net.train(training)
+            with torch.set_grad_enabled(gradients):
+                compiled(torch.randn(3, K))
+
+    ours, theirs = (graphs_of(net, functools.partial(calls, net)) for net in (twin, model))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_tensors_without_memory_pass_through(make):
+    """As estimators of memory send them through real weights; what was read stays real."""
+    model, twin = pair(make)
+    x = torch.randn(3, K, requires_grad=True)
+    for net in (model, twin):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            fake = torch.empty(3, K, requires_grad=True)
+            y = net(fake)
+            y.sum().backward()
+        assert (type(y), y.shape, fake.grad.shape) == (FakeTensor, (3, N), (3, K))
+        net.zero_grad()
+    torch.testing.assert_close(twin(x), model(x))
 
 
 # bitsandbytes' Params4bit does not survive non-strict export, patched or not.
