@@ -181,20 +181,41 @@ def save_for_backward(
 
     Its tensors were perhaps made in inference mode. Autograd saves no such tensor, since it could
     not see it change; a frozen weight does not.
+
+    Parameters are saved as they are now: of one whose `data` is replaced before backward, torch's
+    own layers read the old, for they save a view of it.
     """
-    aside = False
+    aside, leaves = False, []
     if not torch.compiler.is_compiling():
+        saved = list(tensors)
+        for i, tensor in enumerate(saved):
+            if tensor is not None and tensor.requires_grad and tensor.is_leaf:
+                leaves.append((i, tensor))
+                saved[i] = _as_now(tensor)
+        tensors = saved
         for tensor in frozen:
             if tensor is not None and tensor.is_inference():
                 aside = True
                 break
+        if not aside:
+            frozen = [tensor if tensor is None else _as_now(tensor) for tensor in frozen]
     ctx.save_for_backward(*tensors, *(() if aside else frozen))
     ctx.aside = tuple(frozen) if aside else ()
+    ctx.leaves = leaves
+
+
+def _as_now(tensor: Tensor) -> Tensor:
+    """Return a tensor that keeps its memory; DeepSpeed's stage 3 would hold two for a parameter."""
+    return tensor if "ds_id" in tensor.__dict__ else tensor.detach()
 
 
 def saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
-    """Return what `save_for_backward` was given."""
-    return (*ctx.saved_tensors, *ctx.aside)
+    """Return what `save_for_backward` was given; under create_graph the parameters themselves."""
+    saved = [*ctx.saved_tensors, *ctx.aside]
+    if ctx.leaves and torch.is_grad_enabled():
+        for i, leaf in ctx.leaves:
+            saved[i] = leaf
+    return tuple(saved)
 
 
 def differentiable_gradients(

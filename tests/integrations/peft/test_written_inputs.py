@@ -283,4 +283,4 @@ def test_calls_that_save_nothing_pay_nothing() -> None:
         called = calls_of(model, x)
     assert not {"answered", "only_ours_saves"} & set(called)
     called = calls_of(model, x)
-    assert called.count("answered") == 1 and "detach" not in called
+    assert called.count("answered") == called.count("cast") == 1  # a copy is another cast
