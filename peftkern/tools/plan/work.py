@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
@@ -22,6 +23,11 @@ from peftkern.tools.plan.rates import Rates
 __all__ = ["IMPORTANCE", "STEP", "Work", "work_of"]
 
 STEP, IMPORTANCE = "step", "importance"  # what an op belongs to
+_FLASH = "_scaled_dot_product_flash_attention"
+_AS_OF = {  # torch has no formula of these
+    f"aten::{_FLASH}_for_cpu": getattr(torch.ops.aten, _FLASH),
+    f"aten::{_FLASH}_for_cpu_backward": getattr(torch.ops.aten, f"{_FLASH}_backward"),
+}
 _NOTHING_MOVED = ("empty", "new_empty", "_unsafe_view", "_local_scalar_dense", "detach")
 
 
@@ -73,7 +79,7 @@ def _written(func: Any, args: tuple) -> list[Any]:
 
 def _flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
     if func.namespace != "peftkern":
-        formula = flop_registry.get(func.overloadpacket)
+        formula = flop_registry.get(_AS_OF.get(func._schema.name, func.overloadpacket))
         return 0 if formula is None else formula(*args, **kwargs, out_val=out)
     op = func._schema.name.removeprefix("peftkern::")
     given = dict(zip(operands(op), args, strict=True))
