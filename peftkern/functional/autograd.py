@@ -183,7 +183,7 @@ def save_for_backward(
     not see it change; a frozen weight does not.
 
     Parameters are saved as they are now: of one whose `data` is replaced before backward, torch's
-    own layers read the old, for they save a view of it.
+    own layers read the old, for they save a view of it; bitsandbytes' read the new of a 4-bit one.
     """
     aside, leaves = False, []
     if not torch.compiler.is_compiling():
@@ -197,7 +197,7 @@ def save_for_backward(
             if tensor is not None and tensor.is_inference():
                 aside = True
                 break
-        if not aside:
+        if not aside and frozen[0] is not None and frozen[0].is_floating_point():
             frozen = [tensor if tensor is None else _as_now(tensor) for tensor in frozen]
     ctx.save_for_backward(*tensors, *(() if aside else frozen))
     ctx.aside = tuple(frozen) if aside else ()
