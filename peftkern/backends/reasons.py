@@ -80,6 +80,7 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "Inputs and dtypes": {
         "input is a nested tensor": "Pad it: `torch.nested.to_padded_tensor`.",
+        "input is {kind}": "PEFT says what is wrong: a layer takes a tensor.",
         "input was made in inference mode": "Use `torch.no_grad()`, or clone the input.",
         "torch.func transform": "Use autograd: vmap, grad and jvp go through PEFT.",
         "torch.jit.trace": "Use `torch.compile` or `torch.export`.",
