@@ -198,19 +198,12 @@ def needs_gradient(*tensors: Tensor | None) -> tuple[bool, ...] | None:
     return tuple(needs) if True in needs else None
 
 
-def is_constant(scaling: Any) -> bool:
-    """Return whether an op can take a scaling as it is: a float, in a graph one that stays.
+def is_symbol(scaling: float) -> bool:
+    """Return whether a scaling of a graph may change, which no op takes.
 
-    Ops have no symbolic floats: with one, a graph is compiled anew for every value of a schedule.
+    With its value instead, a graph is compiled anew for every one of a schedule.
     """
-    if type(scaling) is not float:
-        return False
-    return not torch.compiler.is_compiling() or _stays(scaling)
-
-
-def _stays(number: float) -> bool:
-    """Return whether a number of a graph is no symbol."""
-    return torch.fx.experimental.symbolic_shapes.has_static_value(number)
+    return not torch.fx.experimental.symbolic_shapes.has_static_value(scaling)
 
 
 def fold_scaling(lora_B: Tensor, scaling: float | Tensor, x: Tensor) -> tuple[Tensor, float]:
@@ -221,7 +214,7 @@ def fold_scaling(lora_B: Tensor, scaling: float | Tensor, x: Tensor) -> tuple[Te
     if isinstance(scaling, Tensor):
         if scaling.dim() != 0:
             raise mismatch("scaling", "a number or a 0-dim tensor", scaling)
-    elif type(scaling) is not float or is_constant(scaling):
+    elif type(scaling) is not float or not (torch.compiler.is_compiling() and is_symbol(scaling)):
         return lora_B, number("scaling", scaling)
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     return lora_B.to(wide) * scaling, 1.0

@@ -191,22 +191,21 @@ def save_for_backward(
         for i, tensor in enumerate(saved):
             if tensor is not None and tensor.requires_grad and tensor.is_leaf:
                 leaves.append((i, tensor))
-                saved[i] = _as_now(tensor)
+                # DeepSpeed's stage 3 would hold two tensors for a parameter.
+                saved[i] = tensor if "ds_id" in tensor.__dict__ else tensor.detach()
         tensors = saved
         for tensor in frozen:
             if tensor is not None and tensor.is_inference():
                 aside = True
                 break
         if not aside and frozen[0] is not None and frozen[0].is_floating_point():
-            frozen = [tensor if tensor is None else _as_now(tensor) for tensor in frozen]
+            frozen = [
+                tensor if tensor is None or "ds_id" in tensor.__dict__ else tensor.detach()
+                for tensor in frozen
+            ]
     ctx.save_for_backward(*tensors, *(() if aside else frozen))
     ctx.aside = tuple(frozen) if aside else ()
     ctx.leaves = leaves
-
-
-def _as_now(tensor: Tensor) -> Tensor:
-    """Return a tensor that keeps its memory; DeepSpeed's stage 3 would hold two for a parameter."""
-    return tensor if "ds_id" in tensor.__dict__ else tensor.detach()
 
 
 def saved_tensors(ctx: Any) -> tuple[Tensor | None, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from peftkern.backends import ops
@@ -15,7 +16,7 @@ from peftkern.functional.arguments import (
     check_linear,
     draw_keep,
     fold_scaling,
-    is_constant,
+    is_symbol,
     late_cast,
     mismatch,
     needs_gradient,
@@ -61,7 +62,7 @@ def lora_linear(
         raise mismatch("weight", f"[N, K] {x.dtype} on {x.device} like x", weight)
     check_linear(x, *weight.shape, bias, dropout_p)
     check_factors(*weight.shape, x.device, lora_A, lora_B)
-    if not is_constant(scaling):
+    if type(scaling) is not float or (torch.compiler.is_compiling() and is_symbol(scaling)):
         _, lora_A, lora_B = cast_for_autocast(x, lora_A, lora_B)
         (lora_B, scaling), dtype = fold_scaling(lora_B, scaling, x), None
     keep = draw_keep(x, dropout_p) if dropout_p else None

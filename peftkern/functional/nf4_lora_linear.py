@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from peftkern.backends import ops
@@ -18,7 +19,7 @@ from peftkern.functional.arguments import (
     check_stored,
     draw_keep,
     fold_scaling,
-    is_constant,
+    is_symbol,
     late_cast,
     needs_gradient,
 )
@@ -96,7 +97,7 @@ def _nf4_lora_linear(
     check_linear(x, *w.shape, bias, dropout_p)
     if lora_B is not None:
         check_factors(*w.shape, x.device, lora_A, lora_B)
-        if not is_constant(scaling):
+        if type(scaling) is not float or (torch.compiler.is_compiling() and is_symbol(scaling)):
             _, lora_A, lora_B = cast_for_autocast(x, lora_A, lora_B)
             (lora_B, scaling), dtype = fold_scaling(lora_B, scaling, x), None
     keep = draw_keep(x, dropout_p) if dropout_p else None

@@ -274,6 +274,7 @@ def _decomposed(
 ) -> list[LayerSpectrum]:
     if not group:
         return []
+    count = min(count, max(max(matrix.shape) for _, matrix in group))  # a cap may be any number
     try:
         svd = truncated_svd([matrix for _, matrix in group], count, **options)
     except ValueError:
