@@ -177,19 +177,20 @@ def use_backend(name: str | None) -> contextlib.AbstractContextManager:
 def save_for_backward(
     ctx: Any, tensors: Sequence[Tensor | None], frozen: Sequence[Tensor | None]
 ) -> None:
-    """Save what backward reads, a frozen weight last.
+    """Save what backward reads, x first and a frozen weight last.
 
     Its tensors were perhaps made in inference mode. Autograd saves no such tensor, since it could
     not see it change; a frozen weight does not.
 
     Parameters are saved as they are now: of one whose `data` is replaced before backward, torch's
-    own layers read the old, for they save a view of it; bitsandbytes' read the new of a 4-bit one.
+    own layers read the old, for they save a view of it. Of x, which they save itself, they read the
+    new, and so do bitsandbytes' of a 4-bit weight.
     """
     aside, leaves = False, []
     if not torch.compiler.is_compiling():
         saved = list(tensors)
         for i, tensor in enumerate(saved):
-            if tensor is not None and tensor.requires_grad and tensor.is_leaf:
+            if i and tensor is not None and tensor.requires_grad and tensor.is_leaf:
                 leaves.append((i, tensor))
                 # DeepSpeed's stage 3 would hold two tensors for a parameter.
                 saved[i] = tensor if "ds_id" in tensor.__dict__ else tensor.detach()

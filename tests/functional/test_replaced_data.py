@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import peftkern
 from peftkern.functional.dora import dora_linear
@@ -68,3 +69,15 @@ def test_backward_reads_what_forward_read(case: Callable[[], Case], autocast: bo
                 parameter.data = parameter.data * 2
         grads.append(torch.autograd.grad(y, wanted, dy.to(y.dtype)))
     assert all(map(torch.equal, *grads))
+
+
+def test_backward_reads_a_replaced_input_anew() -> None:
+    """As torch does, whose product saves its input itself."""
+    W, A, B, x = torch.randn(N, K), leaf(R, K), leaf(N, R), leaf(T, K)
+    dy = torch.randn(T, N)
+    y = peftkern.lora_linear(x, W, A, B, scaling=2.0)
+    twin = F.linear(x, W) + 2.0 * F.linear(F.linear(x, A), B)
+    x.data = torch.randn(T, K)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, (A, B), dy), torch.autograd.grad(twin, (A, B), dy)
+    )
